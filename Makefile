@@ -1,0 +1,38 @@
+# The commands of a developer and of CI. `make setup` is the only step that touches the network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_STEPS ?= 400
+DEMO_RUN ?= runs/demo
+
+.PHONY: setup test fast lint demo bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright
+
+fast: setup
+	$(BIN)/python -m pytest tests -m "not slow" -n 2
+
+test: lint
+	$(BIN)/python -m pytest tests -n 2
+
+demo: setup
+	$(BIN)/cofire train demo --out $(DEMO_RUN) --resume --set steps=$(DEMO_STEPS)
+	$(BIN)/cofire generate $(DEMO_RUN) --prompt "def main(" --max-tokens 120 --speculative
+
+bench: setup
+	$(BIN)/python benchmarks/bench_model.py
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,49 @@
+"""The exceptions that Cofire raises on purpose.
+
+    CofireError
+    +-- SpecError      a spec that cannot be read, or breaks a rule
+    +-- PlanError      a question the planner cannot answer
+    +-- SearchError    an operator search that cannot go on
+    +-- TrainError     a run that cannot start, resume or go on
+    +-- ServeError     a request or a checkpoint that cannot be served
+    +-- StorageError   bytes that cannot be stored or read back
+    +-- JobError       a job that cannot be scheduled or run
+
+Every message is one line that names the offending value, the rule it broke and the nearest fix.
+A command line that ends in one of them prints that line and exits with code 2; any other
+exception is a fault of ours and exits with code 1.
+"""
+
+from __future__ import annotations
+
+
+class CofireError(Exception):
+    """Base of every error that Cofire raises on purpose; the user can act on its message."""
+
+
+class SpecError(CofireError):
+    """A spec cannot be read, or one of its fields breaks a rule."""
+
+
+class PlanError(CofireError):
+    """The planner cannot answer for this spec."""
+
+
+class SearchError(CofireError):
+    """An operator search cannot start or go on."""
+
+
+class TrainError(CofireError):
+    """A training run cannot start, resume or go on."""
+
+
+class ServeError(CofireError):
+    """A model cannot be loaded for generation, or a request cannot be served."""
+
+
+class StorageError(CofireError):
+    """Bytes cannot be stored or read back."""
+
+
+class JobError(CofireError):
+    """A job cannot be scheduled or run."""

@@ -1,0 +1,44 @@
+"""The vocabulary: frozen, self-validating values that say what a model, a cluster and a run are."""
+
+from cofire.spec.hardware import ClusterSpec, DeviceSpec
+from cofire.spec.io import diff, dump, json_schema, load, load_as, parse, preset_names
+from cofire.spec.model import (
+    BalanceSpec,
+    GQASpec,
+    MLASpec,
+    ModelSpec,
+    MoESpec,
+    MTPSpec,
+    RopeSpec,
+    YarnSpec,
+)
+from cofire.spec.precision import PrecisionSpec
+from cofire.spec.run import CheckpointSpec, DataSpec, OptimizerSpec, RunSpec, ScheduleSpec
+from cofire.spec.spec_type import Spec
+
+__all__ = [
+    "BalanceSpec",
+    "CheckpointSpec",
+    "ClusterSpec",
+    "DataSpec",
+    "DeviceSpec",
+    "GQASpec",
+    "MLASpec",
+    "MTPSpec",
+    "MoESpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "PrecisionSpec",
+    "RopeSpec",
+    "RunSpec",
+    "ScheduleSpec",
+    "Spec",
+    "YarnSpec",
+    "diff",
+    "dump",
+    "json_schema",
+    "load",
+    "load_as",
+    "parse",
+    "preset_names",
+]
