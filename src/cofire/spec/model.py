@@ -26,7 +26,9 @@ class MLASpec(Spec):
 
     kind: Literal["mla"] = "mla"
     num_heads: Positive
-    q_lora_rank: Positive | None = Field(None, description="rank of the query compression; none: full-rank queries")
+    q_lora_rank: Positive | None = Field(
+        default=None, description="rank of the query compression; none: full-rank queries"
+    )
     kv_lora_rank: Positive
     qk_nope_head_dim: Positive
     qk_rope_head_dim: Positive
@@ -115,7 +117,7 @@ class RopeSpec(Spec):
     i + dim/2 (LLaMA's and Qwen's Hugging Face form).
     """
 
-    theta: float = Field(10_000.0, gt=0)
+    theta: float = Field(default=10_000.0, gt=0)
     interleaved: bool = True
     yarn: YarnSpec | None = None
 
@@ -130,10 +132,10 @@ class BalanceSpec(Spec):
     """
 
     bias_rule: Literal["none", "sign", "proportional", "multiplicative"] = "none"
-    bias_update_rate: float = Field(1e-3, ge=0)
-    sequence_loss_weight: float = Field(0.0, ge=0)
-    expert_loss_weight: float = Field(0.0, ge=0)
-    device_loss_weight: float = Field(0.0, ge=0)
+    bias_update_rate: float = Field(default=1e-3, ge=0)
+    sequence_loss_weight: float = Field(default=0.0, ge=0)
+    expert_loss_weight: float = Field(default=0.0, ge=0)
+    device_loss_weight: float = Field(default=0.0, ge=0)
     num_device_groups: Positive = 1
 
 
@@ -150,8 +152,8 @@ class MoESpec(Spec):
     num_limited_groups: Positive = 1
     group_score: Literal["top2_sum", "max"] = "top2_sum"
     normalize_gates: bool = True
-    routed_scaling_factor: float = Field(1.0, gt=0)
-    selection_bias: bool = Field(True, description="an FP32 bias per expert, used for selection only")
+    routed_scaling_factor: float = Field(default=1.0, gt=0)
+    selection_bias: bool = Field(default=True, description="an FP32 bias per expert, used for selection only")
     balance: BalanceSpec = BalanceSpec()
 
     @model_validator(mode="after")
@@ -183,7 +185,7 @@ class MTPSpec(Spec):
     """Multi-token prediction (DeepSeek-V3 technical report, eq. 21-25): ``depth`` sequential modules."""
 
     depth: Positive = 1
-    loss_weight: float = Field(0.3, ge=0, description="lambda of eq. 25")
+    loss_weight: float = Field(default=0.3, ge=0, description="lambda of eq. 25")
 
 
 class ModelSpec(Spec):
@@ -201,8 +203,8 @@ class ModelSpec(Spec):
     moe: MoESpec | None = None
     mtp: MTPSpec | None = None
     rope: RopeSpec = RopeSpec()
-    norm_epsilon: float = Field(1e-6, gt=0)
-    init_std: float = Field(0.006, gt=0)
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    init_std: float = Field(default=0.006, gt=0)
     tie_embeddings: bool = False
 
     @model_validator(mode="after")

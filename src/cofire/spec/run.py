@@ -26,11 +26,15 @@ class DataSpec(Spec):
     """
 
     paths: tuple[str, ...] = ("stdlib",)
-    text_field: str = Field("text", description="field or column that holds the text of JSONL and Parquet records")
-    tokenizer: str | None = Field(None, description="a tokenizer.json to use instead of training one")
+    text_field: str = Field(
+        default="text", description="field or column that holds the text of JSONL and Parquet records"
+    )
+    tokenizer: str | None = Field(default=None, description="a tokenizer.json to use instead of training one")
     sequence_length: Positive = 512
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    cache: str | None = Field(None, description="folder of tokenizers and token files; none: the user's cache folder")
+    cache: str | None = Field(
+        default=None, description="folder of tokenizers and token files; none: the user's cache folder"
+    )
 
 
 class OptimizerSpec(Spec):
@@ -53,7 +57,7 @@ class ScheduleSpec(Spec):
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegative = 40
     decay_fraction: Fraction = 0.2
-    final_ratio: Fraction = Field(0.1, description="floor of the learning rate as a fraction of its peak")
+    final_ratio: Fraction = Field(default=0.1, description="floor of the learning rate as a fraction of its peak")
 
 
 class CheckpointSpec(Spec):
@@ -83,7 +87,7 @@ class RunSpec(Spec):
     batch_size: Positive = 8
     micro_batch_size: Positive = 8
     seed: NonNegative = 0
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     compile: bool = False
     recompute: Literal["none", "full"] = "none"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
