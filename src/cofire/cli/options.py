@@ -1,0 +1,44 @@
+"""Options and shell completions that the commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override one field of the spec, for example attention.num_heads=8. Repeat it for more.",
+    ),
+]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Presets of models whose name starts with what was typed."""
+    return _complete("model", incomplete)
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Presets that can be trained: runs and models."""
+    return [*_complete("run", incomplete), *_complete("model", incomplete)]
+
+
+def complete_cluster(incomplete: str) -> list[str]:
+    """Presets of clusters whose name starts with what was typed."""
+    return _complete("cluster", incomplete)
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """All presets whose name starts with what was typed."""
+    return _complete(None, incomplete)
+
+
+def _complete(kind: str | None, incomplete: str) -> list[str]:
+    from cofire.spec import preset_names
+
+    return [name for name in preset_names(kind) if name.startswith(incomplete)]
