@@ -1,7 +1,7 @@
 """The documents of a corpus, read one after the other from any place that fsspec reaches.
 
 A path is a file, a folder (walked recursively) or a glob, local or behind any fsspec protocol
-(``memory://``, ``s3://``, ...); ``.gz``, ``.bz2``, ``.xz`` and ``.zip`` are read through. By their suffix,
+(``memory://``, ``s3://``, ...); ``.gz``, ``.bz2`` and ``.xz`` are read through. By their suffix,
 ``.jsonl`` and ``.ndjson`` are one document a line and ``.parquet`` one document a row (``text_field``); every
 other file is text, one document a file. ``stdlib`` is the source of the running Python's own standard library.
 
@@ -17,6 +17,7 @@ Left out: nested JSON fields, formats with markup, and deduplication.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import io
 import json
@@ -25,11 +26,13 @@ import lzma
 import os
 import sysconfig
 import tokenize
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -41,7 +44,7 @@ PIECE_CHARACTERS = 1 << 20
 _BLOCK_BYTES = 1 << 20
 _SNIFF_BYTES = 8192
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zip", ".zst")
-_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError)
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError, RuntimeError)
 _NOT_SOURCE = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 _log = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ class SourceFile:
 
     def open(self) -> BinaryIO:
         """Open for reading bytes, decompressed."""
-        return self.filesystem.open(self.path, "rb", compression="infer")
+        return cast(BinaryIO, self.filesystem.open(self.path, "rb", compression="infer"))
 
 
 class Corpus:
@@ -95,7 +98,7 @@ class Corpus:
         """Bytes of all files as stored; compressed ones count compressed."""
 
     def documents(self) -> Iterator[tuple[str, int]]:
-        """Iterate over ``(text, files_bytes_done)``: each document, and the stored bytes of all files before its own.
+        """Iterate over ``(text, bytes_done)``: each document, and about how many of :attr:`size` lie before it.
 
         Raises:
             TrainError: A file cannot be read or decoded, or a record has no text.
@@ -103,9 +106,11 @@ class Corpus:
         done = skipped = 0
         for file in self.files:
             try:
+                within = 0
                 for text in self._read(file):
                     if text:
-                        yield text, done
+                        yield text, done + min(file.size, within)
+                        within += len(text)
             except _BinaryFileError:
                 if file.explicit:
                     raise TrainError(
@@ -113,9 +118,7 @@ class Corpus:
                     ) from None
                 skipped += 1
             except _UNREADABLE as error:
-                raise TrainError(
-                    f"cannot read {file.path}: {_reason(error)}; check the file, or leave it out"
-                ) from None
+                raise TrainError(f"cannot read {file.path}: {_reason(error)}; repair it, or leave it out") from None
             done += file.size
         if skipped:
             _log.info("passed over %d binary files", skipped)
@@ -144,7 +147,7 @@ def _stdlib_files() -> list[SourceFile]:
     for folder, children, names in os.walk(root):
         children[:] = [name for name in children if name not in _NOT_SOURCE]
         paths = [os.path.join(folder, name) for name in names if name.endswith(".py")]
-        found += [SourceFile(local, path, os.path.getsize(path), explicit=False) for path in paths]
+        found += [SourceFile(local, path, os.path.getsize(path), explicit=False) for path in paths if isfile(path)]
     if not found:
         raise TrainError(f"data.paths: stdlib has no .py files under {root}; name a folder of text instead")
     return sorted(found, key=lambda file: Path(file.path).relative_to(root).as_posix())
@@ -165,8 +168,8 @@ def _expand(pattern: str) -> list[SourceFile]:
     except ImportError as error:
         raise TrainError(f"data.paths: {pattern!r} needs a package that is not installed: {_reason(error)}") from None
     except ValueError as error:
-        protocol = pattern.partition("://")[0]
-        hint = _nearest(protocol, fsspec.available_protocols())
+        protocol, separator, _ = pattern.partition("://")
+        hint = _nearest(protocol, fsspec.available_protocols()) if separator else ""
         raise TrainError(f"data.paths: cannot read {pattern!r}: {_reason(error)}{hint}") from None
     except OSError as error:
         raise TrainError(f"data.paths: cannot read {pattern!r}: {_reason(error)}") from None
@@ -188,10 +191,8 @@ def _walk(filesystem: fsspec.AbstractFileSystem, root: str) -> list[SourceFile]:
 def _neighbours(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
     """Return names that a mistyped path may have meant: those beside it, and ``stdlib``."""
     names = [STDLIB]
-    try:
+    with contextlib.suppress(OSError, NotImplementedError):
         names += [str(name) for name in filesystem.ls(filesystem._parent(path), detail=False)][:1000]
-    except (OSError, NotImplementedError):
-        pass
     return names
 
 
@@ -258,7 +259,7 @@ def _read_jsonl(file: SourceFile, field: str) -> Iterator[str]:
                 raise TrainError(f"{where}: not valid JSON: {_reason(error)}; each line must be one object") from None
             if not isinstance(record, dict):
                 raise TrainError(
-                    f'{where}: holds a {type(record).__name__}, but each line must be an object such as {{"{field}": "..."}}'
+                    f"{where}: holds a {type(record).__name__}, but a line must be an object with the field {field!r}"
                 )
             if field not in record:
                 raise TrainError(_no_field(where, field, list(record)))

@@ -8,8 +8,9 @@
    the documents whose hash falls below the matching fraction. Or the user's ``tokenizer.json``.
 4. *Encode.* Both splits are encoded, in the corpus's order, into token files.
 
-The corpus is streamed, once for each of steps 1, 3 and 4; memory holds 24 bytes per document and a batch of text.
-The cache is ``data.cache``, else ``$COFIRE_CACHE``, else the platform's user cache folder; it may be deleted at any time.
+The corpus is streamed, once for each of steps 1, 3 and 4; memory holds 16 bytes per document and a batch of text.
+The cache is ``data.cache``, else ``$COFIRE_CACHE``, else the platform's user cache folder; it may be deleted
+at any time.
 
 Left out: near-duplicate removal, quality filters, mixing weights between sources.
 """
@@ -34,7 +35,6 @@ from cofire.errors import TrainError
 from cofire.spec.run import DataSpec
 from cofire.train.atomic import folder_lock, remove_temporary_files, replace_file
 from cofire.train.corpus import Corpus
-from cofire.train.loader import check_length
 from cofire.train.token_file import TokenFile, open_token_file, write_token_file
 from cofire.train.tokenizer import (
     encode_documents,
@@ -83,8 +83,8 @@ class Split:
     """Which text is held out, for a corpus of known documents.
 
     Documents are taken in the order of their hashes, each with all its copies, and left out where they
-    would overshoot the wanted size by more than a quarter. Where none fits (one file; a few large ones), the end of the longest
-    document is held out instead, and ``cut_key`` names it.
+    would overshoot the wanted size by more than a quarter. Where none fits (one file; a few large ones),
+    the end of the longest document is held out instead, and ``cut_key`` names it.
 
     Attributes:
         held_out: Keys of the documents that are held out whole.
@@ -102,8 +102,9 @@ class Split:
             return "", text
         if key != self.cut_key:
             return text, ""
-        wanted = max(1, round(len(text) * (1 - self.cut_fraction)))
-        place = text.rfind("\n", wanted // 2, wanted) + 1 or wanted
+        place = max(1, min(len(text) - 1, round(len(text) * (1 - self.cut_fraction))))
+        slack = int((len(text) - place) * (_OVERSHOOT - 1))
+        place = text.rfind("\n", max(0, place - slack), place) + 1 or place
         return text[:place], text[place:]
 
 
@@ -156,8 +157,8 @@ def prepare(data: DataSpec, vocab_size: int, progress: Progress | None = None) -
     if files is None:
         raise TrainError(f"the data cache {folder} was changed while it was written; run again or set data.cache")
     train, validation = files
-    check_length(train, data.sequence_length, "training")
-    check_length(validation, data.sequence_length, "validation")
+    train.require_sample(data.sequence_length, "training")
+    validation.require_sample(data.sequence_length, "validation")
     return PackedData(
         train=train,
         validation=validation,

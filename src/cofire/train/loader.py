@@ -3,11 +3,11 @@
 A sample is a window of T + 1 tokens: T inputs and, one to the right, T targets. Windows start every T
 tokens, so each token but the first (and a rest shorter than T at the file's end) is predicted once per epoch.
 
-The samples of all epochs form one endless sequence; number g of it is window ``order(g mod N)`` of epoch ``g div N``,
-where ``order`` is a permutation of the N windows drawn from seed and epoch. A batch is the next ``batch_size``
-numbers, and a rank takes its contiguous share of them. So the state is the count of samples that all ranks together have
-taken: it does not know of ranks or batches, and a run that goes on with another world size or batch size still
-sees every window exactly once per epoch. An epoch's last batch is filled from the next epoch.
+The samples of all epochs form one endless sequence; number g of it is window ``order(g mod N)`` of epoch
+``g div N``, where ``order`` is a permutation of the N windows drawn from seed and epoch. A batch is the next
+``batch_size`` numbers, and a rank takes its contiguous share of them. So the state is the count of samples that
+all ranks together have taken: it does not know of ranks or batches, and a run that goes on with another world
+size or batch size still sees every window exactly once per epoch. An epoch's last batch is filled from the next.
 
 The permutation is a Feistel network with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite
 domains", CT-RSA 2002, section 5): no table, so neither memory nor time grows with N. It shuffles; it is no cipher.
@@ -84,7 +84,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        check_length(token_file, sequence_length, "training")
+        token_file.require_sample(sequence_length, "training")
         if batch_size < 1 or batch_size % world_size:
             raise TrainError(
                 f"batch_size = {batch_size} must be a multiple of the number of data-parallel ranks, {world_size}"
@@ -189,7 +189,7 @@ def validation_batches(
     Raises:
         TrainError: The file has no window of T + 1 tokens.
     """
-    check_length(token_file, sequence_length, "validation")
+    token_file.require_sample(sequence_length, "validation")
     num_samples = token_file.num_samples(sequence_length)
     count = min(num_sequences, num_samples)
     indices = np.arange(count, dtype=np.int64) * num_samples // count
@@ -202,17 +202,6 @@ def read_windows(tokens: np.ndarray[Any, Any], indices: np.ndarray[Any, Any], se
     """Gather windows of packed ``tokens`` by number: [n] -> int64 [n, T + 1]."""
     offsets = indices[:, None] * sequence_length + np.arange(sequence_length + 1)
     return torch.from_numpy(tokens[offsets].astype(np.int64))
-
-
-def check_length(token_file: TokenFile, sequence_length: int, split: str) -> None:
-    """Raise a TrainError where a split is shorter than one window of T + 1 tokens."""
-    if token_file.num_samples(sequence_length) < 1:
-        fix = f"lower data.sequence_length to {max(1, token_file.num_tokens - 1)}"
-        other = " or raise data.validation_fraction" if split == "validation" else ""
-        raise TrainError(
-            f"the {split} split has {token_file.num_tokens} tokens, but one sample needs "
-            f"{sequence_length + 1}; use more text, {fix}{other}"
-        )
 
 
 def _mix(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

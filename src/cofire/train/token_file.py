@@ -77,6 +77,24 @@ class TokenFile:
         """Return how many windows of T + 1 tokens with stride T fit, for T = ``sequence_length``."""
         return max(0, (self.num_tokens - 1) // sequence_length)
 
+    def require_sample(self, sequence_length: int, split: str) -> None:
+        """Check that the file has one window of T + 1 tokens; ``split`` names it in the message.
+
+        Raises:
+            TrainError: It has not.
+        """
+        if self.num_samples(sequence_length) >= 1:
+            return
+        fixes = ["use more text"]
+        if self.num_tokens > 1:
+            fixes.append(f"lower data.sequence_length to {self.num_tokens - 1}")
+        if split == "validation":
+            fixes.append("raise data.validation_fraction")
+        raise TrainError(
+            f"the {split} split has {self.num_tokens} tokens, but a sample of data.sequence_length = "
+            f"{sequence_length} needs {sequence_length + 1}; {', or '.join(fixes)}"
+        )
+
     def __len__(self) -> int:
         return self.num_tokens
 

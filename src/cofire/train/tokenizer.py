@@ -1,9 +1,9 @@
 """Byte-level BPE tokenizers: trained through ``tokenizers``, or the user's own.
 
-Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2, and as DeepSeek-V3's report section 4.1 uses): the text's UTF-8
-bytes are the first 256 symbols, so every text has an encoding and decoding gives it back exactly. The
-vocabulary is ``<|endoftext|>`` (id 0), the 256 bytes, and then merges in the order in which they were learnt. Text is first split
-by GPT-2's pattern; DeepSeek-V3's own pattern, and its splitting of random tokens, are left out.
+Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2; DeepSeek-V3's report, section 4.1, uses it): the
+text's UTF-8 bytes are the first 256 symbols, so every text has an encoding and decoding gives it back exactly.
+The vocabulary is ``<|endoftext|>`` (id 0), the 256 bytes, and then merges in the order in which they were learnt.
+Text is first split by GPT-2's pattern; DeepSeek-V3's own pattern, and its splitting of random tokens, are left out.
 
 Training is deterministic: the same documents in the same order give the same file, whatever the number of threads.
 """
@@ -83,6 +83,8 @@ def load_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         reason = " ".join(str(error).split())[:200]
         raise TrainError(f"{path}: not a tokenizer.json: {reason}; save one with Tokenizer.save") from None
+    tokenizer.no_truncation()  # a file saved for inference may cut or pad every document
+    tokenizer.no_padding()
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if needed > vocab_size:
         raise TrainError(
