@@ -133,7 +133,7 @@ def prepare(data: DataSpec, vocab_size: int, progress: Progress | None = None) -
         TrainError: The corpus is missing, empty, undecodable or too small, the tokenizer does not fit the
             model, or the cache cannot be written. Nothing half-written is left.
     """
-    report = progress or (lambda phase, fraction: None)
+    report = _in_steps(progress) if progress else lambda phase, fraction: None
     given = None if data.tokenizer is None else load_tokenizer(data.tokenizer, vocab_size).to_str()
     corpus = Corpus(data.paths, data.text_field)
     scan = scan_corpus(corpus, data.validation_fraction, report)
@@ -221,8 +221,7 @@ def scan_corpus(corpus: Corpus, validation_fraction: float, progress: Progress) 
         whole.update(digest)
         keys.append(_key(digest))
         sizes.append(len(text.encode("utf-8")))
-        if len(keys) % 256 == 1:
-            progress("read", done / max(1, corpus.size))
+        progress("read", done / max(1, corpus.size))
     progress("read", 1.0)
     if not keys:
         raise TrainError(f"data.paths: the {len(corpus.files)} files hold no text; name files that do")
@@ -258,6 +257,19 @@ def choose_split(keys: np.ndarray, sizes: np.ndarray, validation_fraction: float
     if sizes[inverse == longest].max() < 2:
         raise TrainError("data.paths: the corpus is too small to hold out a part for validation; use more text")
     return Split(frozenset(), int(unique[longest]), min(0.5, wanted / weight[longest]))
+
+
+def _in_steps(progress: Progress) -> Progress:
+    """Pass on the first and last call of a phase, and those between that are half a percent further."""
+    last = ("", -1.0)
+
+    def report(phase: str, fraction: float) -> None:
+        nonlocal last
+        if phase != last[0] or fraction >= last[1] + 0.005 or fraction >= 1.0 > last[1]:
+            last = (phase, fraction)
+            progress(phase, fraction)
+
+    return report
 
 
 def _digest(text: str) -> bytes:

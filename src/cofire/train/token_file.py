@@ -66,6 +66,8 @@ class TokenFile:
     @property
     def tokens(self) -> np.ndarray[Any, Any]:
         """Token ids [num_tokens], memory mapped and read-only; each use maps anew, so hold on to it."""
+        if not self.num_tokens:
+            return np.zeros(0, self.dtype)  # an empty range cannot be mapped
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
 
     @property
@@ -121,10 +123,11 @@ class TokenWriter:
         Raises:
             TrainError: An id is outside of the vocabulary.
         """
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+        outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+        if len(outside):
             raise TrainError(
-                f"token id {int(tokens.max())} is not below vocab_size = {self._vocab_size}; "
-                "use a tokenizer whose ids are dense"
+                f"token id {int(outside[0])} is not in 0 .. {self._vocab_size - 1}; set model.vocab_size to what the "
+                "tokenizer has"
             )
         data = tokens.astype(token_dtype(self._vocab_size)).tobytes()
         self._hash.update(data)
