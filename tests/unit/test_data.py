@@ -130,6 +130,14 @@ def test_the_held_out_part_of_many_documents_is_close_to_the_fraction_asked_for(
         assert fraction <= held <= 1.25 * fraction
 
 
+def test_copies_count_when_the_held_out_part_is_measured():
+    keys = np.repeat(np.arange(1, 101, dtype=np.uint64) << np.uint64(50), np.where(np.arange(100) < 20, 10, 1))
+    sizes = np.full(len(keys), 100)
+    split = choose_split(keys, sizes, 0.2)
+    held = np.isin(keys, np.array(list(split.held_out), np.uint64)).mean()
+    assert 0.2 <= held <= 0.25
+
+
 def test_copies_of_a_document_fall_on_one_side(tmp_path):
     write_corpus(tmp_path, texts(60) * 3)
     packed = prepare(spec(tmp_path), VOCAB)

@@ -222,6 +222,27 @@ def test_an_empty_token_file_opens(tmp_path):
     assert (len(file), len(file.tokens), file.num_samples(8)) == (0, 0, 0)
 
 
+def test_every_changed_byte_of_the_header_is_noticed(tmp_path):
+    with write_token_file(tmp_path / "t", 300, HASH) as writer:
+        writer.append(np.arange(50), 100, 1)
+    whole = (tmp_path / "t").read_bytes()
+    for place in range(HEADER_BYTES):
+        (tmp_path / "t").write_bytes(flip(whole, place))
+        with pytest.raises(
+            TrainError, match=r"(is not a Cofire token file|header is damaged); delete it to rebuild it"
+        ):
+            open_token_file(tmp_path / "t")
+
+
+def test_a_token_file_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("cofire.train.token_file.VERSION", 2)
+    with write_token_file(tmp_path / "t", 300, HASH):
+        pass
+    monkeypatch.undo()
+    with pytest.raises(TrainError, match="is of version 2, this is version 1"):
+        open_token_file(tmp_path / "t")
+
+
 def test_a_missing_token_file_is_one_line(tmp_path):
     with pytest.raises(TrainError, match=r"cannot read .*/t: No such file"):
         open_token_file(tmp_path / "t")

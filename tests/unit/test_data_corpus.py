@@ -182,7 +182,7 @@ def test_an_unknown_protocol_names_the_nearest_one():
 
 
 def test_a_wrong_byte_is_named_with_its_offset(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", 8)
+    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", 7)
     for place in range(1, 40):
         data = bytearray(("\u00e9" * 20).encode())
         data[place] = 0xFF

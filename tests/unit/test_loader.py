@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -117,19 +119,19 @@ def test_epoch_orders_are_close_to_uniform():
     assert ((counts - 4000 / 9) ** 2 / (4000 / 9)).sum() < 26.1
 
 
-def test_a_state_survives_json_and_goes_on_at_the_next_sample(files):
-    import json
-
+@pytest.mark.parametrize("taken", [0, 2, 5])
+def test_a_state_survives_json_and_goes_on_at_the_next_sample(files, taken):
     whole = Loader(files[12], T, 4, seed=9)
     expected = [whole.next_batch() for _ in range(9)]
     first = Loader(files[12], T, 4, seed=9)
-    for _ in range(5):
+    for _ in range(taken):
         first.next_batch()
     state = json.loads(json.dumps(first.state_dict()))
-    assert (state["epoch"], state["position"]) == (20 // 13, 20 % 13)
+    assert (state["epoch"], state["position"]) == divmod(4 * taken, 13)
     second = Loader(files[12], T, 4, seed=12345)  # the checkpoint's seed counts
+    second.next_batch()
     second.load_state_dict(state)
-    for batch in expected[5:]:
+    for batch in expected[taken:]:
         assert torch.equal(second.next_batch(), batch)
 
 

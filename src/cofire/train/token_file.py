@@ -4,7 +4,7 @@ A file is a header of 128 bytes and the token ids of all documents back to back,
 end-of-text token: uint16 where the vocabulary fits, else uint32, little-endian.
 
     magic 8 | version u32 | bytes per token u32 | vocab_size u64 | num_tokens u64 | num_bytes u64 | num_documents u64 |
-    tokenizer hash 32 | payload checksum 32 (BLAKE2b-256) | CRC-32 of the header u32 | 12 zero bytes
+    tokenizer hash 32 | payload checksum 32 (BLAKE2b-256) | 12 zero bytes | CRC-32 of the header u32
 
 The checksum of the payload is verified on opening up to ``VERIFY_BYTES_MAX``; beyond that, where reading the
 file would take longer than what the check saves, the header and the length are.
@@ -31,7 +31,7 @@ MAGIC = b"COFIRETK"
 VERSION = 1
 HEADER_BYTES = 128
 VERIFY_BYTES_MAX = 1 << 30
-_HEADER = struct.Struct("<8sIIQQQQ32s32s")
+_HEADER = struct.Struct("<8sIIQQQQ32s32s12x")
 _CRC = struct.Struct("<I")
 _BLOCK_BYTES = 1 << 22
 
