@@ -42,3 +42,10 @@ def _complete(kind: str | None, incomplete: str) -> list[str]:
     from cofire.spec import preset_names
 
     return [name for name in preset_names(kind) if name.startswith(incomplete)]
+
+
+def complete_kind(incomplete: str) -> list[str]:
+    """Kinds of specs whose name starts with what was typed."""
+    from cofire.spec.io import KINDS
+
+    return [kind for kind in KINDS if kind.startswith(incomplete)]

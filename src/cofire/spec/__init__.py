@@ -1,7 +1,7 @@
 """The vocabulary: frozen, self-validating values that say what a model, a cluster and a run are."""
 
 from cofire.spec.hardware import ClusterSpec, DeviceSpec
-from cofire.spec.io import diff, dump, json_schema, load, load_as, parse, preset_names
+from cofire.spec.io import diff, dump, json_schema, load, load_as, parse, preset_names, save
 from cofire.spec.model import (
     BalanceSpec,
     GQASpec,
@@ -15,6 +15,7 @@ from cofire.spec.model import (
 from cofire.spec.precision import PrecisionSpec
 from cofire.spec.run import CheckpointSpec, DataSpec, OptimizerSpec, RunSpec, ScheduleSpec
 from cofire.spec.spec_type import Spec
+from cofire.spec.workload import WorkloadSpec
 
 __all__ = [
     "BalanceSpec",
@@ -33,6 +34,7 @@ __all__ = [
     "RunSpec",
     "ScheduleSpec",
     "Spec",
+    "WorkloadSpec",
     "YarnSpec",
     "diff",
     "dump",
@@ -41,4 +43,5 @@ __all__ = [
     "load_as",
     "parse",
     "preset_names",
+    "save",
 ]

@@ -9,26 +9,28 @@ Every mistake becomes one :class:`~cofire.errors.SpecError` line: value, rule, n
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import json
 import os
+import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cofire.errors import SpecError
 from cofire.spec.hardware import ClusterSpec
+from cofire.spec.messages import describe, nearest
 from cofire.spec.model import ModelSpec
 from cofire.spec.run import RunSpec
 from cofire.spec.spec_type import Spec
+from cofire.spec.workload import WorkloadSpec
 
-KINDS: dict[str, type[Spec]] = {"model": ModelSpec, "cluster": ClusterSpec, "run": RunSpec}
-_BASE_DEPTH_MAX = 16
+KINDS: dict[str, type[Spec]] = {"model": ModelSpec, "cluster": ClusterSpec, "run": RunSpec, "workload": WorkloadSpec}
 
 SpecT = TypeVar("SpecT", bound=Spec)
 
@@ -55,8 +57,10 @@ def load(source: str | os.PathLike[str], overrides: Iterable[str] = (), kind: st
     found = table.get("kind", kind)
     if kind == "run" and found == "model":
         table, found = {"kind": "run", "name": table.get("name", "run"), "model": table}, "run"
-    if found not in KINDS:
-        raise SpecError(f'{source}: kind = {found!r} is not one of {", ".join(KINDS)}; add kind = "model"')
+    if found is None:
+        raise SpecError(f'{source}: has no kind; add kind = "model", or one of {", ".join(KINDS)}')
+    if not isinstance(found, str) or found not in KINDS:
+        raise SpecError(f"{source}: kind = {found!r} is not one of {', '.join(KINDS)}{nearest(found, KINDS)}")
     if kind is not None and found != kind:
         raise SpecError(f"{source} is a {found} spec, but a {kind} spec is needed here; presets: {_names_text(kind)}")
     for item in overrides:
@@ -74,7 +78,7 @@ def load_as(spec_type: type[SpecT], source: str | os.PathLike[str], overrides: I
 
 def read_table(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the table behind a preset name or a file, with every ``base`` and preset name resolved."""
-    return _resolve(_read_source(str(source)), Path(str(source)).parent, 0)
+    return _read_resolved(str(source), Path(), ())
 
 
 def parse(spec_type: type[SpecT], table: Mapping[str, Any], where: str = "spec") -> SpecT:
@@ -86,11 +90,13 @@ def parse(spec_type: type[SpecT], table: Mapping[str, Any], where: str = "spec")
     try:
         return spec_type.model_validate(table)
     except ValidationError as error:
-        raise SpecError(f"{where}: {_describe(spec_type, error)}") from None
+        raise SpecError(f"{where}: {describe(spec_type, error)}") from None
 
 
 def override(table: dict[str, Any], item: str) -> None:
-    """Apply one ``a.b=value`` to a table in place. The value is read as TOML, else taken as a string.
+    """Apply one ``a.b=value`` to a table in place. The value is read as TOML, else taken as text.
+
+    ``none`` empties a field that may be empty. Where a spec is held, the name of a preset or a file stands for it.
 
     Raises:
         SpecError: There is no ``=``, or the path runs through something that is not a table.
@@ -98,21 +104,18 @@ def override(table: dict[str, Any], item: str) -> None:
     path, separator, text = item.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not separator or not all(keys):
-        raise SpecError(f"--set {item!r} is not of the form path=value, for example model.num_layers=4")
+        raise SpecError(f"--set {item!r} is not of the form path=value, for example steps=100 or mtp.depth=2")
     here: Any = table
     for key in keys[:-1]:
-        if here.get(key) is None:
+        if here.get(key) in (None, "none"):
             here[key] = {}
         here = here[key]
         if not isinstance(here, dict):
             raise SpecError(f"--set {item!r}: {key} is not a table; set it as a whole")
     value = _parse_value(text.strip())
-    if value is None:
-        here[keys[-1]] = None
-    elif isinstance(value, str) and keys[-1] in KINDS and value not in ("", None):
-        here[keys[-1]] = _resolve(_read_source(value), Path(value).parent, 0)
-    else:
-        here[keys[-1]] = value
+    if keys[-1] in KINDS and isinstance(value, str) and value != "none":
+        value = _read_resolved(value, Path(), ())
+    here[keys[-1]] = value
 
 
 def dump(spec: Spec, form: str = "toml") -> str:
@@ -124,6 +127,44 @@ def dump(spec: Spec, form: str = "toml") -> str:
     return tomli_w.dumps(spec.model_dump(mode="json", exclude_none=True))
 
 
+def save(spec: Spec, path: str | os.PathLike[str]) -> None:
+    """Write a spec to a ``.toml`` or ``.json`` file, whole or not at all.
+
+    The text goes to a temporary file in the same folder, to the disk, and then takes the name.
+
+    Raises:
+        SpecError: The file cannot be written, or its name ends otherwise.
+    """
+    target = Path(path)
+    if target.suffix not in (".toml", ".json"):
+        raise SpecError(f"cannot write {str(path)!r}: a spec's file ends in .toml or .json")
+    text = dump(spec, target.suffix[1:])
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text + "\n" * (not text.endswith("\n")))
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+    except OSError as error:
+        raise SpecError(f"cannot write {str(path)!r}: {error.strerror}") from None
+
+
+def load_value(spec_type: type[SpecT], path: str | os.PathLike[str]) -> SpecT:
+    """Read back what :func:`save` wrote, for a type that is no kind of its own; no ``base``, no presets.
+
+    Raises:
+        SpecError: The file cannot be read, or breaks a rule.
+    """
+    return parse(spec_type, _read_file(str(path)), str(path))
+
+
 def diff(left: Spec, right: Spec) -> list[tuple[str, Any, Any]]:
     """Return ``(path, left value, right value)`` for every field in which two specs differ."""
     a, b = _flatten(left.model_dump(mode="json")), _flatten(right.model_dump(mode="json"))
@@ -131,10 +172,19 @@ def diff(left: Spec, right: Spec) -> list[tuple[str, Any, Any]]:
 
 
 def json_schema(kind: str) -> dict[str, Any]:
-    """Return the JSON schema of a kind of spec."""
+    """Return the JSON schema of a kind of spec, as it is after ``base`` and preset names are resolved."""
+    return KINDS[known_kind(kind)].model_json_schema()
+
+
+def known_kind(kind: str) -> str:
+    """Return ``kind`` if it is the name of a kind of spec.
+
+    Raises:
+        SpecError: It is not.
+    """
     if kind not in KINDS:
-        raise SpecError(f"kind = {kind!r} is not one of {', '.join(KINDS)}{_nearest(kind, KINDS)}")
-    return KINDS[kind].model_json_schema()
+        raise SpecError(f"kind = {kind!r} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    return kind
 
 
 # -- reading ----------------------------------------------------------------------------------------
@@ -155,45 +205,56 @@ def _names_text(kind: str | None = None) -> str:
 def _read_source(source: str) -> dict[str, Any]:
     if source in preset_names():
         return _preset_table(source)
+    if Path(source).suffix not in (".toml", ".json"):
+        raise SpecError(f"{source!r} is neither a preset nor a .toml or .json file{nearest(source, preset_names())}")
+    return _read_file(source)
+
+
+def _read_file(source: str) -> dict[str, Any]:
     path = Path(source)
-    if path.suffix not in (".toml", ".json"):
-        raise SpecError(f"{source!r} is neither a preset nor a .toml or .json file{_nearest(source, preset_names())}")
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError(f"cannot read {source!r}: {reason}") from None
     try:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise SpecError(f"{source}: not valid {path.suffix[1:].upper()}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise SpecError(f"{source}: not valid {path.suffix[1:].upper()}: {reason}") from None
     if not isinstance(table, dict):
         raise SpecError(f"{source}: holds a {type(table).__name__}, but a spec is a table")
     return table
 
 
-def _resolve(table: dict[str, Any], folder: Path, depth: int) -> dict[str, Any]:
+def _read_resolved(source: str, folder: Path, chain: tuple[str, ...]) -> dict[str, Any]:
+    """Read a preset, or a file relative to ``folder``, and all it refers to.
+
+    ``chain`` are the sources that led here; one that comes back to itself is a circle.
+    """
+    if source not in preset_names() and Path(source).suffix:
+        source = str(folder / source)
+    name = source if source in preset_names() else os.path.realpath(source)
+    if name in chain:
+        names = " -> ".join(os.path.basename(link) for link in [*chain[chain.index(name) :], name])
+        raise SpecError(f"{source}: refers to itself: {names}; take one of these references out")
+    return _resolve(_read_source(source), Path(source).parent, (*chain, name))
+
+
+def _resolve(table: dict[str, Any], folder: Path, chain: tuple[str, ...]) -> dict[str, Any]:
     """Replace ``base`` and preset names inside a table by what they stand for."""
-    if depth > _BASE_DEPTH_MAX:
-        raise SpecError(f"base: more than {_BASE_DEPTH_MAX} levels; two files name each other as base?")
     table = dict(table)
-    for key in KINDS:
-        if isinstance(table.get(key), str):
-            table[key] = _read_related(table[key], folder, depth)
     for key, value in table.items():
-        if isinstance(value, dict):
-            table[key] = _resolve(value, folder, depth + 1)
+        if key in KINDS and isinstance(value, str) and value != "none":
+            table[key] = _read_resolved(value, folder, chain)
+        elif isinstance(value, dict):
+            table[key] = _resolve(value, folder, chain)
     base = table.pop("base", None)
     if base is None:
         return table
     if not isinstance(base, str):
         raise SpecError(f"base = {base!r} must be the name of a preset or a path")
-    return _merge(_read_related(base, folder, depth), table)
-
-
-def _read_related(source: str, folder: Path, depth: int) -> dict[str, Any]:
-    path = Path(source) if source in preset_names() or os.path.isabs(source) else folder / source
-    return _resolve(_read_source(str(path) if path.suffix else source), path.parent, depth + 1)
+    return _merge(_read_resolved(base, folder, chain), table)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -208,12 +269,13 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    if text in ("none", "null"):
+    if text == "null":
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
+    return table["value"] if len(table) == 1 else text
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -223,58 +285,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else key))
     return flat
-
-
-# -- messages ---------------------------------------------------------------------------------------
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f"; nearest: {match[0]}" if match else ""
-
-
-def _describe(spec_type: type[Spec], error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    owner, keys = _owner(spec_type, place)
-    path = ".".join(keys)
-    if first["type"] == "extra_forbidden":
-        known = list(owner.model_fields) if owner else []
-        text = f"unknown key {path!r}{_nearest(keys[-1], known)}"
-        if not _nearest(keys[-1], known) and known:
-            text += f"; known: {', '.join(known)}"
-    elif first["type"] == "missing":
-        text = f"missing key {path!r}"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        value = first.get("input")
-        shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
-        text = f"{path}{shown}: {message}" if path else message
-    more = error.error_count() - 1
-    return text + (f" (and {more} more)" if more else "")
-
-
-def _owner(spec_type: type[Spec], place: list[str]) -> tuple[type[Spec] | None, list[str]]:
-    """Return the spec class that should own the last key of ``place``, and ``place`` without union tags."""
-    owner: type[Spec] | None = spec_type
-    keys: list[str] = []
-    choices: list[type[Spec]] = []
-    for index, part in enumerate(place):
-        tagged = [choice for choice in choices if choice.model_fields["kind"].default == part] if choices else []
-        if tagged:
-            owner, choices = tagged[0], []
-            continue
-        keys.append(part)
-        if index == len(place) - 1 or owner is None:
-            break
-        field = owner.model_fields.get(part)
-        specs = [] if field is None else _spec_types(field.annotation)
-        choices = [spec for spec in specs if "kind" in spec.model_fields] if len(specs) > 1 else []
-        owner = specs[0] if specs else None
-    return owner, keys
-
-
-def _spec_types(annotation: Any) -> list[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    return [spec for inner in get_args(annotation) for spec in _spec_types(inner)]

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cofire.spec.spec_type import Spec
+from cofire.spec.spec_type import Spec, nearest_divisor
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -69,7 +69,8 @@ class GQASpec(Spec):
     def _check(self) -> Self:
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads = {self.num_key_value_heads} must divide num_heads = {self.num_heads}"
+                f"num_key_value_heads = {self.num_key_value_heads} must divide num_heads = {self.num_heads}; "
+                f"nearest: {nearest_divisor(self.num_heads, self.num_key_value_heads)}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
@@ -106,8 +107,14 @@ class YarnSpec(Spec):
     original_length: Positive = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    mscale: float = Field(default=1.0, ge=0)
+    mscale_all_dim: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(f"beta_slow = {self.beta_slow} must be above 0 and below beta_fast = {self.beta_fast}")
+        return self
 
 
 class RopeSpec(Spec):
@@ -160,7 +167,10 @@ class MoESpec(Spec):
     def _check(self) -> Self:
         experts, groups, limited = self.num_routed_experts, self.num_expert_groups, self.num_limited_groups
         if experts % groups:
-            raise ValueError(f"num_expert_groups = {groups} must divide num_routed_experts = {experts}")
+            raise ValueError(
+                f"num_expert_groups = {groups} must divide num_routed_experts = {experts}; "
+                f"nearest: {nearest_divisor(experts, groups)}"
+            )
         if limited > groups:
             raise ValueError(f"num_limited_groups = {limited} must be at most num_expert_groups = {groups}")
         reachable = experts // groups * limited
@@ -176,7 +186,7 @@ class MoESpec(Spec):
         if experts % self.balance.num_device_groups:
             raise ValueError(
                 f"balance.num_device_groups = {self.balance.num_device_groups} must divide "
-                f"num_routed_experts = {experts}"
+                f"num_routed_experts = {experts}; nearest: {nearest_divisor(experts, self.balance.num_device_groups)}"
             )
         return self
 

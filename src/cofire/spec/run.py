@@ -6,13 +6,14 @@ and values that train the ``small`` preset on a laptop otherwise.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cofire.spec.model import ModelSpec, Positive
 from cofire.spec.precision import PrecisionSpec
-from cofire.spec.spec_type import Spec
+from cofire.spec.spec_type import Spec, nearest_divisor
 
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +36,18 @@ class DataSpec(Spec):
     cache: str | None = Field(
         default=None, description="folder of tokenizers and token files; none: the user's cache folder"
     )
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("paths")
+    @classmethod
+    def _some_path(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("must name at least one file, folder or glob, none of them empty; stdlib is built in")
+        return value
 
 
 class OptimizerSpec(Spec):
@@ -94,10 +107,20 @@ class RunSpec(Spec):
     validate_every_steps: Positive = 50
     validation_sequences: Positive = 64
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
+            raise ValueError("must be auto, cpu, cuda or cuda:N")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size = {self.micro_batch_size} must divide batch_size = {self.batch_size}")
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} must divide batch_size = {self.batch_size}; "
+                f"nearest: {nearest_divisor(self.batch_size, self.micro_batch_size)}"
+            )
         if self.data.sequence_length > self.model.max_sequence_length:
             raise ValueError(
                 f"data.sequence_length = {self.data.sequence_length} must be at most "
@@ -113,3 +136,8 @@ class RunSpec(Spec):
     def tokens_per_step(self) -> int:
         """Predicted positions per optimiser step."""
         return self.batch_size * self.data.sequence_length
+
+    @property
+    def training_tokens(self) -> int:
+        """Predicted positions of the whole run."""
+        return self.steps * self.tokens_per_step

@@ -1,0 +1,112 @@
+"""From specs to a plan: one function that asks every formula of this package."""
+
+from __future__ import annotations
+
+from cofire.errors import PlanError
+from cofire.plan.bounds import cluster_bounds
+from cofire.plan.flops import decode_flops_per_token, training_flops_per_token
+from cofire.plan.kv_cache import kv_cache_size
+from cofire.plan.memory import inference_memory, training_memory
+from cofire.plan.parameters import count_parameters
+from cofire.plan.report import Plan, RunCost
+from cofire.spec.hardware import ClusterSpec
+from cofire.spec.model import ModelSpec
+from cofire.spec.run import RunSpec
+from cofire.spec.workload import WorkloadSpec
+
+
+def estimate(
+    model: ModelSpec | RunSpec,
+    cluster: ClusterSpec | None = None,
+    parallel: object | None = None,
+    workload: WorkloadSpec | None = None,
+) -> Plan:
+    """Estimate what a model, or a training run, costs.
+
+    Args:
+        model: A model, or a run: then sequence length, micro-batch, formats and recomputation are the run's.
+        cluster: Also bound training and decoding by this cluster's devices.
+        parallel: Must be none; layouts over devices are not planned yet.
+        workload: Sizes and formats; none: the run's, or the defaults within the model's longest sequence.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: A layout is given, the workload is longer than the model allows, or the cluster's device has no
+            peak for a format.
+    """
+    if parallel is not None:
+        raise PlanError(f"parallel = {parallel!r}: layouts over devices are not planned yet; leave it out")
+    run = model if isinstance(model, RunSpec) else None
+    decoder = model.model if isinstance(model, RunSpec) else model
+    workload = workload or (run_workload(run) if run else default_workload(decoder))
+    _check(decoder, workload)
+    count = count_parameters(decoder)
+    flops = training_flops_per_token(decoder, workload.sequence_length)
+    memory = training_memory(decoder, workload)
+    other = workload.model_copy(update={"recompute": "none" if workload.recompute == "full" else "full"})
+    decode = decode_flops_per_token(decoder, workload.context_length)
+    serving = inference_memory(decoder, workload)
+    bounds = None
+    if cluster is not None:
+        bounds = cluster_bounds(decoder, workload, cluster, count, (flops, memory), (decode, serving))
+    return Plan(
+        model=decoder,
+        run=run,
+        workload=workload,
+        cluster=cluster,
+        parameters=count,
+        kv_cache=kv_cache_size(decoder, workload.cache_bytes_per_number),
+        training_flops=flops,
+        training_memory=memory,
+        training_memory_other=training_memory(decoder, other),
+        run_cost=None if run is None else _run_cost(run, flops.total),
+        decode_flops=decode,
+        inference_memory=serving,
+        bounds=bounds,
+    )
+
+
+def default_workload(model: ModelSpec) -> WorkloadSpec:
+    """The workload of the papers' tables, 4096 tokens, or the model's longest sequence if that is shorter."""
+    length = min(4096, model.max_sequence_length)
+    return WorkloadSpec(sequence_length=length, context_length=length)
+
+
+def run_workload(run: RunSpec) -> WorkloadSpec:
+    """The workload of a training run.
+
+    ``auto`` precision is planned as FP32: which format is faster is measured only when the run starts.
+    """
+    return WorkloadSpec(
+        sequence_length=run.data.sequence_length,
+        micro_batch_size=run.micro_batch_size,
+        recipe="bf16" if run.precision.recipe == "bf16" else "fp32",
+        moments=run.precision.moments,
+        recompute=run.recompute,
+        ema=run.ema_decay is not None,
+        context_length=min(1024, run.model.max_sequence_length),
+        weight_format="fp32",
+        cache_bytes_per_number=4,
+    )
+
+
+def _run_cost(run: RunSpec, flops_per_token: int) -> RunCost:
+    return RunCost(
+        tokens_per_step=run.tokens_per_step,
+        tokens=run.training_tokens,
+        flops_per_step=run.tokens_per_step * flops_per_token,
+        flops=run.training_tokens * flops_per_token,
+    )
+
+
+def _check(model: ModelSpec, workload: WorkloadSpec) -> None:
+    for name in ("sequence_length", "context_length"):
+        length = getattr(workload, name)
+        if length > model.max_sequence_length:
+            raise PlanError(
+                f"workload.{name} = {length} must be at most the {model.max_sequence_length} tokens that "
+                f"{model.name} is made for; set workload.{name}={model.max_sequence_length} or raise "
+                "max_sequence_length"
+            )

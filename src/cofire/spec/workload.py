@@ -1,0 +1,32 @@
+"""What a plan is asked about: how a model is trained and served, where the model alone does not say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cofire.spec.model import Positive
+from cofire.spec.spec_type import Spec
+
+
+class WorkloadSpec(Spec):
+    """Sizes and formats of training and decoding on one device.
+
+    Training: ``micro_batch_size`` sequences of ``sequence_length`` tokens at a time. Decoding: ``batch_size``
+    sequences that each attend to ``context_length`` tokens.
+    """
+
+    kind: Literal["workload"] = "workload"
+    sequence_length: Positive = 4096
+    micro_batch_size: Positive = 1
+    recipe: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="bf16: matrix products in bfloat16 over FP32 master weights"
+    )
+    moments: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "full"] = "none"
+    ema: bool = Field(default=False, description="keep a moving average of the weights, in FP32")
+    context_length: Positive = 4096
+    batch_size: Positive = 1
+    weight_format: Literal["fp32", "bf16", "fp8"] = Field(default="bf16", description="weights in decoding")
+    cache_bytes_per_number: Annotated[int | float, Field(gt=0)] = 2
