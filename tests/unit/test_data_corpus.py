@@ -10,6 +10,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,7 +179,36 @@ def test_an_empty_folder_is_no_corpus(tmp_path):
 
 
 def test_an_unknown_protocol_names_the_nearest_one():
-    assert message("memry://x/y").endswith("nearest: memory")
+    assert message("memry://x/y").endswith("Protocol not known: memry; nearest: memory")
+    assert message("zzzzzzzz://x/y").endswith("Protocol not known: zzzzzzzz")
+
+
+@pytest.mark.parametrize("failing", ["exists", "_open"])
+def test_an_error_of_a_remote_store_s_own_type_is_one_line(failing, monkeypatch):
+    class StoreError(Exception):
+        pass
+
+    class Store(MemoryFileSystem):
+        protocol = "cofirestore"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("cofirestore://", "memory://"))
+
+    def fail(*_, **__):
+        raise StoreError("no credentials\nwere found")
+
+    fsspec.register_implementation("cofirestore", Store, clobber=True)
+    Store().pipe("/cofire_store_test.txt", b"text")
+    try:
+        assert documents("cofirestore://cofire_store_test.txt") == ["text"]
+        monkeypatch.setattr(Store, failing, fail)
+        text = message("cofirestore://cofire_store_test.txt")
+        assert "cannot read" in text
+        assert "cofire_store_test.txt" in text
+        assert "no credentials were found; " in text
+    finally:
+        MemoryFileSystem().rm("/cofire_store_test.txt")
 
 
 def test_a_wrong_byte_is_named_with_its_offset(tmp_path, monkeypatch):

@@ -117,7 +117,11 @@ class Corpus:
                         f"{file.path}: holds zero bytes, so it is not UTF-8 text; name text, .jsonl or .parquet files"
                     ) from None
                 skipped += 1
-            except _UNREADABLE as error:
+            except TrainError:
+                raise
+            except Exception as error:
+                if not _is_input_fault(file.filesystem, error):
+                    raise
                 raise TrainError(f"cannot read {file.path}: {_reason(error)}; repair it, or leave it out") from None
             done += file.size
         if skipped:
@@ -155,6 +159,7 @@ def _stdlib_files() -> list[SourceFile]:
 
 def _expand(pattern: str) -> list[SourceFile]:
     """Return the files behind one path, folder or glob, sorted by path."""
+    filesystem = None
     try:
         filesystem, path = url_to_fs(os.path.expanduser(pattern))
         is_glob = any(character in path for character in "*?[") and not filesystem.exists(path)
@@ -169,10 +174,12 @@ def _expand(pattern: str) -> list[SourceFile]:
         raise TrainError(f"data.paths: {pattern!r} needs a package that is not installed: {_reason(error)}") from None
     except ValueError as error:
         protocol, separator, _ = pattern.partition("://")
-        hint = _nearest(protocol, fsspec.available_protocols()) if separator else ""
+        hint = _nearest(protocol, fsspec.available_protocols(), cutoff=0.7) if separator else ""
         raise TrainError(f"data.paths: cannot read {pattern!r}: {_reason(error)}{hint}") from None
-    except OSError as error:
-        raise TrainError(f"data.paths: cannot read {pattern!r}: {_reason(error)}") from None
+    except Exception as error:
+        if not _is_input_fault(filesystem, error):
+            raise
+        raise TrainError(f"data.paths: cannot read {pattern!r}: {_reason(error)}; check the address") from None
     if not found:
         raise TrainError(f"data.paths: no file matches {pattern!r}{_nearest(pattern, _neighbours(filesystem, path))}")
     return found
@@ -196,9 +203,14 @@ def _neighbours(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
     return names
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _is_input_fault(filesystem: fsspec.AbstractFileSystem | None, error: Exception) -> bool:
+    """Tell whether an error comes from a file or its store: clients of remote stores raise types of their own."""
+    return isinstance(error, _UNREADABLE) or (filesystem is not None and "file" not in filesystem.protocol)
+
+
+def _nearest(word: str, known: Sequence[str], cutoff: float = 0.5) -> str:
     short = {PurePosixPath(name).name: name for name in reversed(known)}
-    match = difflib.get_close_matches(PurePosixPath(word).name, short, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(PurePosixPath(word).name, short, n=1, cutoff=cutoff)
     return f"; nearest: {short[match[0]]}" if match else ""
 
 
