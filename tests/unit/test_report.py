@@ -17,20 +17,21 @@ import numpy as np
 import pytest
 
 from cofire.errors import TrainError
+from cofire.plan import estimate
 from cofire.spec import MoESpec, RunSpec, dump, load_as
+from cofire.spec.units import format_duration, format_quantity
 from cofire.train.charts import Chart, HeatMap, figures
 from cofire.train.load_floor import sampling_floor
 from cofire.train.report import write_report
 from cofire.train.run_record import read_run
-from cofire.train.summary import duration, headline, plan_rows, short, summarise
+from cofire.train.summary import headline, plan_rows, summarise
 
 ENTROPY = 6.1
 BYTES_PER_TOKEN = 3.3
 
 
-def run_spec(model: str = "small", steps: int = 120, **changes: object) -> RunSpec:
-    sets = [f"model={model}", f"steps={steps}", *(f"{key}={value}" for key, value in changes.items())]
-    return load_as(RunSpec, "demo", sets)
+def run_spec(*overrides: str, steps: int = 120) -> RunSpec:
+    return load_as(RunSpec, "demo", [f"steps={steps}", *overrides])
 
 
 def start_event(run: RunSpec) -> dict:
@@ -105,7 +106,7 @@ def run_events(run: RunSpec, last: int | None = None, validated: bool = True, en
         events.append(step_event(run, step, rng))
         if validated and step % 20 == 0:
             events += [validation_event(run, step), {"event": "checkpoint", "step": step, "seconds": 0.2}]
-    return [*events, {"event": "end", "step": step, "reason": "finished"}] if ended else events
+    return [*events, {"event": "end", "step": events[-1]["step"], "reason": "finished"}] if ended else events
 
 
 def write_run(folder: Path, run: RunSpec, events: list[dict] | None = None, tail: str = "") -> Path:
@@ -137,6 +138,12 @@ def page_of(folder: Path) -> Page:
 
 def figures_of(folder: Path) -> dict[str, Chart | HeatMap]:
     return {figure.key: figure for figure in figures(read_run(folder))}
+
+
+def chart_of(folder: Path, key: str) -> Chart:
+    chart = figures_of(folder)[key]
+    assert isinstance(chart, Chart)
+    return chart
 
 
 def test_finished_run_gets_a_page_with_every_figure_and_a_png_of_each(tmp_path):
@@ -191,7 +198,7 @@ def test_headline_says_what_was_trained_and_how_well(tmp_path):
     summary = summarise(read_run(write_run(tmp_path / "run", run_spec())))
     text = headline(summary)
     loss = loss_at(120, 120) + 0.02
-    assert text.startswith("small (13.4M parameters, 5.1M activated per token): trained for 120 steps, 492K tokens; ")
+    assert text.startswith("small (13.4M parameters, 5.1M activated per token): trained for 120 steps, 491.5K tokens; ")
     assert f"validation loss {loss:.3f} nats per token" in text
     assert f"{loss / math.log(2) / BYTES_PER_TOKEN:.3f} bits per byte" in text
     assert f"{1 - loss / ENTROPY:.0%} below the unigram entropy of 6.10" in text
@@ -244,7 +251,7 @@ def test_end_before_a_resume_is_not_the_end(tmp_path):
 
 
 def test_dense_model_has_no_expert_figures(tmp_path):
-    run = run_spec(**{"model.moe": "none", "model.mtp": "none"})
+    run = run_spec("model.moe=none", "model.mtp=none")
     folder = write_run(tmp_path / "run", run)
     assert not {"max_violation", "max_violation_global", "expert_load", "mtp_loss"} & figures_of(folder).keys()
     page = page_of(folder)
@@ -316,7 +323,7 @@ def test_values_that_are_not_finite_are_gaps(tmp_path):
     events[50] |= {"main_loss": math.nan, "loss": math.inf, "grad_norm": None, "mfu": None}
     folder = write_run(tmp_path / "run", run, events)
     write_report(folder)
-    raw = figures_of(folder)["loss"].curves[0]
+    raw = chart_of(folder, "loss").curves[0]
     assert [step for step, value in zip(raw.steps, raw.values, strict=True) if value is None]
 
 
@@ -330,7 +337,7 @@ def test_folder_that_is_no_run_is_one_error(tmp_path):
 
 def test_text_of_the_run_is_shown_and_never_run(tmp_path):
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    run = run_spec(name=f'"{attack}"', description=f'"{attack}"')
+    run = run_spec(f"name='{attack}'", f"description='{attack}'")
     folder = write_run(tmp_path / "run", run)
     samples = [{"step": 120, "prompt": attack, "text": attack + "</script>\u2028 & \ud7ff"}, {"text": attack}]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -350,15 +357,26 @@ def test_samples_are_shown_with_their_prompt(tmp_path):
 
 
 def test_plan_stands_beside_the_measurement(tmp_path):
-    folder = write_run(tmp_path / "run", run_spec())
-    plan = {"parameters": {"total": 13_400_000}, "training_flops": {"total": 1.5e7}, "memory": {"total": 4e8}}
-    (folder / "plan.json").write_text(json.dumps(plan))
+    run = run_spec()
+    plan = estimate(run)
+    folder = write_run(tmp_path / "run", run)
+    (folder / "plan.json").write_text(json.dumps(plan.to_dict()))
     record = read_run(folder)
     rows = {row[0]: row[1:3] for row in plan_rows(record, summarise(record))}
-    assert rows["Parameters"] == ("13,400,000", "13,400,000")
-    assert rows["Peak memory"] == ("400 MB", "")
-    assert rows["Time per step"][0] == duration(4096 * 1.5e7 / 1.9e11)
+    assert rows["Parameters"] == (f"{plan.parameters.total:,}", "13,400,000")
+    assert rows["Activated parameters"] == (f"{plan.parameters.activated_head_only:,}", "5,100,000")
+    assert rows["Peak memory"] == (format_quantity(plan.training_memory.total, "B", 3), "")
+    assert rows["Time per step"][0] == format_duration(4096 * plan.training_flops.total / 1.9e11)
     assert "Plan against measurement" in page_of(folder).text
+
+
+def test_plan_that_knows_less_leaves_rows_out(tmp_path):
+    folder = write_run(tmp_path / "run", run_spec())
+    (folder / "plan.json").write_text(json.dumps({"parameters": {"total": "many"}}))
+    record = read_run(folder)
+    rows = {row[0]: row[1:3] for row in plan_rows(record, summarise(record))}
+    assert rows["Parameters"] == ("", "13,400,000")
+    assert "Training FLOP per token" not in rows
 
 
 def test_broken_plan_is_one_error(tmp_path):
@@ -377,20 +395,21 @@ def test_same_run_gives_the_same_bytes(tmp_path):
 
 
 def test_many_layers_are_drawn_as_mean_and_extremes(tmp_path):
-    run = run_spec(steps=30, **{"model.num_layers": 20})
-    curves = figures_of(write_run(tmp_path / "run", run))["max_violation"].curves
+    run = run_spec("model.num_layers=20", steps=30)
+    curves = chart_of(write_run(tmp_path / "run", run), "max_violation").curves
     assert [curve.label for curve in curves] == ["highest layer", "lowest layer", "mean"]
 
 
 def test_long_run_is_thinned(tmp_path):
-    run = run_spec("tiny", steps=2500)
-    chart = figures_of(write_run(tmp_path / "run", run))["loss"]
+    run = run_spec("model=tiny", steps=2500)
+    chart = chart_of(write_run(tmp_path / "run", run), "loss")
     assert all(len(curve.steps) <= 1000 for curve in chart.curves)
     assert chart.curves[0].steps[-1] == pytest.approx(2500, abs=2)
 
 
 def test_expert_load_is_relative_to_an_even_share(tmp_path):
     heat = figures_of(write_run(tmp_path / "run", run_spec()))["expert_load"]
+    assert isinstance(heat, HeatMap)
     assert heat.layers == ("layer 1", "layer 2", "layer 3", "layer 4", "layer 5", "MTP 1")
     assert heat.steps == tuple(range(10, 121, 10))
     for column in (column for layer in heat.loads for column in layer):
@@ -414,17 +433,3 @@ def test_sampling_floor_scales_with_the_number_of_tokens():
 def test_sampling_floor_of_all_experts_is_zero():
     moe = MoESpec(num_routed_experts=4, num_experts_per_token=4, expert_intermediate_size=8)
     assert sampling_floor(moe, 100) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(13_400_000, "13.4M"), (999, "999"), (492_000, "492K"), (671e9, "671B"), (14.8e12, "14.8T")]
-)
-def test_counts_are_short(value, text):
-    assert short(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.1234, "0.123 s"), (42, "42 s"), (200, "3 min 20 s"), (18_720, "5 h 12 min")]
-)
-def test_times_are_as_people_say_them(seconds, text):
-    assert duration(seconds) == text

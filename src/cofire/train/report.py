@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from cofire.errors import TrainError
+from cofire.spec.units import format_count, format_duration
 from cofire.train.atomic import replace_file
 from cofire.train.charts import Figure, HeatMap, figures
 from cofire.train.plots import write_plots
 from cofire.train.run_record import Event, RunRecord, number, read_run
-from cofire.train.summary import Summary, duration, headline, plan_rows, short, summarise
+from cofire.train.summary import Summary, headline, plan_rows, summarise
 
 _SECTIONS = ("Loss", "Experts", "Multi-token prediction", "Speed", "Optimiser")
 _SAMPLES_MAX = 6
@@ -117,7 +118,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         mfu = "" if summary.mfu is None else f"{summary.mfu:.0%} of the matrix peak"
         tiles.append(("Tokens per second", f"{summary.tokens_per_s:,.0f}", mfu))
     if summary.time_s is not None:
-        tiles.append(("Time", duration(summary.time_s), f"{short(summary.tokens)} tokens"))
+        tiles.append(("Time", format_duration(summary.time_s), f"{format_count(summary.tokens)} tokens"))
     return tiles
 
 
@@ -185,7 +186,7 @@ def _machine_section(record: RunRecord, summary: Summary) -> str:
     if peak is not None:
         rows.append(("measured matrix peak", f"{peak / 1e9:,.1f} GFLOP/s"))
     if summary.time_s is not None:
-        rows.append(("time, summed over resumes", duration(summary.time_s)))
+        rows.append(("time, summed over resumes", format_duration(summary.time_s)))
     for key, label in (("train_tokens", "training tokens"), ("validation_tokens", "validation tokens")):
         value = number(start, key)
         if value is not None:

@@ -11,6 +11,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from cofire.spec.units import format_count, format_duration, format_quantity
 from cofire.train.load_floor import sampling_floor
 from cofire.train.run_record import Event, RunRecord, number, numbers
 
@@ -84,7 +85,7 @@ def summarise(record: RunRecord) -> Summary:
 def headline(summary: Summary) -> str:
     """Return what was trained and how well, in one sentence or two."""
     size = "" if summary.parameters_total is None else f" ({_size(summary)})"
-    what = f"{summary.model}{size}: {summary.state}, {short(summary.tokens)} tokens"
+    what = f"{summary.model}{size}: {summary.state}, {format_count(summary.tokens)} tokens"
     if summary.validation_loss is None:
         loss = None if summary.training_loss is None else f"training loss {summary.training_loss:.3f} nats per token"
         return f"{what}; {loss or 'no loss recorded yet'}, not validated yet."
@@ -106,38 +107,19 @@ def plan_rows(record: RunRecord, summary: Summary) -> list[tuple[str, str, str, 
     rows = [
         ("Parameters", _count(_find(plan, _PARAMETERS)), _count(summary.parameters_total), "must be equal"),
         ("Activated parameters", _count(_find(plan, _ACTIVATED)), _count(summary.parameters_activated), "per token"),
-        ("Training FLOP per token", _flop(_find(plan, _FLOPS)), "", "modelled"),
+        ("Training FLOP per token", _quantity(_find(plan, _FLOPS), "FLOP"), "", "modelled"),
         _step_time_row(record, summary),
-        ("Tokens per second", _rate(_peak_rate(record)), _rate(summary.tokens_per_s), "plan: at the matrix peak"),
+        ("Tokens per second", _count(_peak_rate(record)), _count(summary.tokens_per_s), "plan: at the matrix peak"),
         ("MFU", "100%" if summary.mfu else "", "" if summary.mfu is None else f"{summary.mfu:.1%}", "median of steps"),
         (
             "Peak memory",
-            _bytes(_find(plan, _MEMORY)),
-            _bytes(number(record.end, "peak_memory_bytes")),
+            _quantity(_find(plan, _MEMORY), "B"),
+            _quantity(number(record.end, "peak_memory_bytes"), "B"),
             "plan: tensors; measured: the whole process",
         ),
-        ("Tokens", _count(run.steps * run.tokens_per_step), _count(summary.tokens), "trained on"),
+        ("Tokens", _count(run.training_tokens), _count(summary.tokens), "trained on"),
     ]
     return [row for row in rows if row[1] or row[2]]
-
-
-def short(value: float) -> str:
-    """Return a count with three digits and K, M, B or T."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: 42 s, 3 min 20 s, 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes >= 100:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if rest else f"{minutes} min"
 
 
 # -- measurement -------------------------------------------------------------------------------------
@@ -199,27 +181,24 @@ def _against_entropy(loss: float, entropy: float) -> str:
 def _size(summary: Summary) -> str:
     total, activated = summary.parameters_total or 0.0, summary.parameters_activated
     if activated is None or activated == total:
-        return f"{short(total)} parameters"
-    return f"{short(total)} parameters, {short(activated)} activated per token"
+        return f"{format_count(total)} parameters"
+    return f"{format_count(total)} parameters, {format_count(activated)} activated per token"
 
 
 # -- plan --------------------------------------------------------------------------------------------
 
-_PARAMETERS = ("parameters.total", "parameters_total")
-_ACTIVATED = ("parameters.activated_head_only", "parameters_activated")
-_FLOPS = ("training_flops.total", "training_flops_per_token", "training.flops_per_token")
-_MEMORY = ("memory.total", "training_memory.total")
+_PARAMETERS = "parameters.total"
+_ACTIVATED = "parameters.activated_head_only"
+_FLOPS = "training_flops.total"
+_MEMORY = "training_memory.total"
 
 
-def _find(plan: Event, paths: tuple[str, ...]) -> float | None:
-    """Return the first number among dotted paths of a plan."""
-    for path in paths:
-        here: Any = plan
-        for key in path.split("."):
-            here = here.get(key) if isinstance(here, dict) else None
-        if isinstance(here, int | float) and not isinstance(here, bool):
-            return float(here)
-    return None
+def _find(plan: Event, path: str) -> float | None:
+    """Return the number at a dotted path of a plan, None where there is none: an older plan may lack it."""
+    here: Any = plan
+    for key in path.split("."):
+        here = here.get(key) if isinstance(here, dict) else None
+    return float(here) if isinstance(here, int | float) and not isinstance(here, bool) else None
 
 
 def _peak_rate(record: RunRecord) -> float | None:
@@ -230,8 +209,8 @@ def _peak_rate(record: RunRecord) -> float | None:
 
 def _step_time_row(record: RunRecord, summary: Summary) -> tuple[str, str, str, str]:
     rate = _peak_rate(record)
-    planned = "" if rate is None else duration(record.run.tokens_per_step / rate)
-    measured = "" if summary.step_time_s is None else duration(summary.step_time_s)
+    planned = "" if rate is None else format_duration(record.run.tokens_per_step / rate)
+    measured = "" if summary.step_time_s is None else format_duration(summary.step_time_s)
     return ("Time per step", planned, measured, "plan: at the matrix peak; measured: median")
 
 
@@ -239,18 +218,5 @@ def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
 
-def _rate(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def _flop(value: float | None) -> str:
-    return "" if value is None else f"{short(value).replace('K', ' k').replace('B', ' G').replace('M', ' M')}FLOP"
-
-
-def _bytes(value: float | None) -> str:
-    if value is None:
-        return ""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:,.0f} B"
+def _quantity(value: float | None, unit: str) -> str:
+    return "" if value is None else format_quantity(value, unit, digits=3)
