@@ -1,0 +1,137 @@
+"""Matrix products in the form that is fastest on the device at hand.
+
+On x86 CPUs PyTorch sends FP32 products to MKL, which on AMD processors runs at less than half the
+speed of oneDNN (measured: docs/lab/LOG.md). ``linear`` therefore takes oneDNN for FP32 on the CPU, and
+``torch.nn.functional.linear`` for everything else. Both compute the same sums in FP32; the order of
+additions differs.
+
+Grouped products multiply the rows of each expert with that expert's matrix. ``grouped_linear`` takes
+``torch.nn.functional.grouped_mm`` for 16-bit types and, for FP32 and FP64, one product per expert that
+has rows, inside a single autograd node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and weight.dtype == torch.float32
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` for 2-D operands, without autograd."""
+    if _takes_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_x = _product(grad, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = _product(grad.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias``.
+
+    Args:
+        x: [..., I].
+        weight: [O, I].
+        bias: [O] or none.
+    """
+    if not _takes_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y = _OneDNNLinear.apply(x, weight)
+        assert isinstance(y, Tensor)
+    else:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` whose product goes through :func:`linear`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are: ``build`` initialises the whole decoder."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product; shapes as in :func:`linear`."""
+        return linear(input, self.weight, self.bias)
+
+
+class _PerExpertLinear(torch.autograd.Function):
+    """One product per expert with rows: rows are sorted by expert, ``counts`` says how many each has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        return torch.cat([_product(rows, weight[e]) for e, rows in enumerate(x.split(counts)) if counts[e]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        counts: list[int] = ctx.counts
+        grad = grads[0].contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            parts = [_product(rows, weight[e].t()) for e, rows in enumerate(grad.split(counts)) if counts[e]]
+            grad_x = torch.cat(parts)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            for e, (rows, inputs) in enumerate(zip(grad.split(counts), x.split(counts), strict=True)):
+                if counts[e]:
+                    grad_weight[e] = _product(rows.t(), inputs.t())
+        return grad_x, grad_weight, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Multiply the rows of each expert by the transpose of its matrix.
+
+    Args:
+        x: [M, I], rows sorted by expert.
+        weight: [E, O, I].
+        counts: [E] int64, rows of each expert; they sum to M.
+
+    Returns:
+        [M, O].
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+    if x.shape[0] == 0:
+        return x.new_zeros(0, weight.shape[1])
+    y = _PerExpertLinear.apply(x, weight, counts.tolist())
+    assert isinstance(y, Tensor)
+    return y
