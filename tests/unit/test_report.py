@@ -10,6 +10,8 @@ import html
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from cofire.train.summary import headline, plan_rows, summarise
 
 ENTROPY = 6.1
 BYTES_PER_TOKEN = 3.3
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def run_spec(*overrides: str, steps: int = 120) -> RunSpec:
@@ -169,6 +172,31 @@ def test_finished_run_gets_a_page_with_every_figure_and_a_png_of_each(tmp_path):
         assert (tmp_path / "run" / "plots" / f"{key}.png").read_bytes().startswith(b"\x89PNG")
     assert "trained for 120 steps" in page.text
     assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_browser_draws_every_figure_and_shows_values_under_the_mouse(tmp_path):
+    folder = write_run(tmp_path / "run", run_spec())
+    text = write_report(folder).read_text("utf-8")
+    hover = """<script>
+      window.addEventListener("error", (event) => document.body.append("FAULT " + event.message));
+      const drawn = document.querySelector("#figure-loss svg"), box = drawn.getBoundingClientRect();
+      drawn.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 13, clientY: box.top + 50 }));
+    </script></body>"""
+    copy = tmp_path / "hover.html"
+    copy.write_text(text.replace("</body>", hover), "utf-8")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [str(BROWSER), *flags, "--virtual-time-budget=3000", "--dump-dom", copy.as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "FAULT" not in seen
+    parts = re.split(r'<figure id="figure-', seen)[1:]
+    for part in parts:
+        assert "<path " in part or "<canvas " in part
+        assert "NaN" not in part
+    tip = re.search(r'class="tip"[^>]*>(.*?)</figure>', parts[0], re.DOTALL)
+    assert tip
+    assert "step 120" in tip[1]
+    assert f"<b>{loss_at(120, 120) + 0.02:.3f}</b>" in tip[1]
 
 
 def test_page_needs_no_network(tmp_path):

@@ -20,7 +20,7 @@ import typer
 from cofire.errors import CofireError
 
 # In the order that a user walks through them; each module has ``register(app)``.
-_STAGES = ("spec", "plan", "train", "generate", "serve")
+_STAGES = ("spec", "plan", "train", "report", "generate", "serve", "claims")
 
 
 def _show_version(value: bool) -> None:
