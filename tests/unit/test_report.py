@@ -24,7 +24,7 @@ from cofire.spec import MoESpec, RunSpec, dump, load_as
 from cofire.spec.units import format_duration, format_quantity
 from cofire.train.charts import Chart, HeatMap, figures
 from cofire.train.load_floor import sampling_floor
-from cofire.train.report import write_report
+from cofire.train.report import render_page, write_report
 from cofire.train.run_record import read_run
 from cofire.train.summary import headline, plan_rows, summarise
 
@@ -136,7 +136,8 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(write_report(folder).read_text("utf-8"))
+    record = read_run(folder)
+    return Page(render_page(record, figures(record)))
 
 
 def figures_of(folder: Path) -> dict[str, Chart | HeatMap]:
@@ -150,8 +151,8 @@ def chart_of(folder: Path, key: str) -> Chart:
 
 
 def test_finished_run_gets_a_page_with_every_figure_and_a_png_of_each(tmp_path):
-    run = run_spec()
-    page = page_of(write_run(tmp_path / "run", run))
+    folder = write_run(tmp_path / "run", run_spec())
+    page = Page(write_report(folder).read_text("utf-8"))
     keys = list(figures_of(tmp_path / "run"))
     assert keys == [
         "loss",
@@ -179,7 +180,7 @@ def test_browser_draws_every_figure_and_shows_values_under_the_mouse(tmp_path):
     folder = write_run(tmp_path / "run", run_spec())
     text = write_report(folder).read_text("utf-8")
     hover = """<script>
-      window.addEventListener("error", (event) => document.body.append("FAULT " + event.message));
+      window.addEventListener("error", (event) => document.body.append("FA" + "ULT " + event.message));
       const drawn = document.querySelector("#figure-loss svg"), box = drawn.getBoundingClientRect();
       drawn.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 13, clientY: box.top + 50 }));
     </script></body>"""
@@ -200,10 +201,10 @@ def test_browser_draws_every_figure_and_shows_values_under_the_mouse(tmp_path):
 
 
 def test_page_needs_no_network(tmp_path):
-    page = page_of(write_run(tmp_path / "run", run_spec()))
-    for _, attributes in page.elements:
+    record = read_run(write_run(tmp_path / "run", run_spec()))
+    text = render_page(record, figures(record))
+    for _, attributes in Page(text).elements:
         assert not {"src", "href", "srcset", "action"} & attributes.keys()
-    text = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "@import" not in text
     assert "url(" not in text
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
@@ -211,8 +212,8 @@ def test_page_needs_no_network(tmp_path):
 
 
 def test_figures_in_the_page_are_the_curves_of_the_run(tmp_path):
-    write_report(write_run(tmp_path / "run", run_spec()))
-    text = (tmp_path / "run" / "report.html").read_text("utf-8")
+    record = read_run(write_run(tmp_path / "run", run_spec()))
+    text = render_page(record, figures(record))
     embedded = re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)
     assert embedded
     loss = json.loads(embedded[1])[0]
@@ -305,8 +306,9 @@ def test_single_step_run_is_drawn(tmp_path):
     run = run_spec(steps=1)
     rng = np.random.default_rng(0)
     event = step_event(run, 1, rng) | {"expert_load": [[1 / 32] * 32] * 6}
-    page = page_of(write_run(tmp_path / "run", run, [start_event(run), event]))
-    assert [tag for tag, _ in page.elements].count("figure") >= 5
+    folder = write_run(tmp_path / "run", run, [start_event(run), event])
+    write_report(folder)
+    assert len(list((folder / "plots").iterdir())) == len(figures_of(folder)) == 7
 
 
 def test_half_written_last_line_is_left_out_and_noted(tmp_path):
@@ -350,7 +352,7 @@ def test_values_that_are_not_finite_are_gaps(tmp_path):
     events = run_events(run)
     events[50] |= {"main_loss": math.nan, "loss": math.inf, "grad_norm": None, "mfu": None}
     folder = write_run(tmp_path / "run", run, events)
-    write_report(folder)
+    page_of(folder)
     raw = chart_of(folder, "loss").curves[0]
     assert [step for step, value in zip(raw.steps, raw.values, strict=True) if value is None]
 
@@ -369,11 +371,12 @@ def test_text_of_the_run_is_shown_and_never_run(tmp_path):
     folder = write_run(tmp_path / "run", run)
     samples = [{"step": 120, "prompt": attack, "text": attack + "</script>\u2028 & \ud7ff"}, {"text": attack}]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    page = page_of(folder)
+    text = write_report(folder).read_text("ascii")
+    page = Page(text)
     assert [tag for tag, _ in page.elements].count("script") == 2
     assert "img" not in [tag for tag, _ in page.elements]
     assert attack in page.text
-    assert html.escape(attack) in (folder / "report.html").read_text("utf-8")
+    assert html.escape(attack) in text
 
 
 def test_samples_are_shown_with_their_prompt(tmp_path):

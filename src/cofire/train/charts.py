@@ -312,11 +312,10 @@ def _window(count: int) -> int:
 def _running_mean(values: Sequence[Value]) -> list[Value]:
     """Mean over a window of ``count / 20`` values (at most 100, as in the paper), centred so that it does not lag.
 
-    The window shrinks towards both ends, so the first and last values are themselves.
+    It shrinks towards the start, where values change fast; at the end it takes what there is on its right.
     """
     half, last = _window(len(values)) // 2, len(values) - 1
-    reach = [min(half, i, last - i) for i in range(len(values))]
-    return [_mean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
+    return [_mean(values[max(0, i - half) : min(i + min(half, i), last) + 1]) for i in range(len(values))]
 
 
 def _mean(values: Sequence[Value]) -> Value:

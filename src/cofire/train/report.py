@@ -52,14 +52,20 @@ def write_report(run_folder: Path | str) -> Path:
     try:
         write_plots(drawn, record.folder / "plots")
         with replace_file(target) as file:
-            file.write(_page(record, summarise(record), drawn).encode("ascii", "xmlcharrefreplace"))
+            file.write(render_page(record, drawn).encode("ascii", "xmlcharrefreplace"))
     except OSError as error:
         raise TrainError(f"cannot write the report to {record.folder}: {error.strerror}") from None
     return target
 
 
-def _page(record: RunRecord, summary: Summary, drawn: list[Figure]) -> str:
-    style, script = _asset("page.css"), _asset("page.js")
+def render_page(record: RunRecord, drawn: list[Figure]) -> str:
+    """Return the page of a run as HTML text.
+
+    Args:
+        record: The run.
+        drawn: Its figures, from :func:`cofire.train.charts.figures`.
+    """
+    summary, style, script = summarise(record), _asset("page.css"), _asset("page.js")
     sections = [
         *(_figure_section(name, [figure for figure in drawn if figure.section == name]) for name in _SECTIONS),
         _plan_section(record, summary),
