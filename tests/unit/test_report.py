@@ -308,7 +308,7 @@ def test_single_step_run_is_drawn(tmp_path):
     event = step_event(run, 1, rng) | {"expert_load": [[1 / 32] * 32] * 6}
     folder = write_run(tmp_path / "run", run, [start_event(run), event])
     write_report(folder)
-    assert len(list((folder / "plots").iterdir())) == len(figures_of(folder)) == 7
+    assert len(list((folder / "plots").iterdir())) == len(figures_of(folder)) == 8
 
 
 def test_half_written_last_line_is_left_out_and_noted(tmp_path):

@@ -4,8 +4,8 @@
 page opens with the result in a sentence, then figures with a line of explanation each, the plan beside the
 measurement, sample text and the spec.
 
-The figures in the page are drawn by ``report_page/page.js``, about 250 lines: the whole page is some 100 kB,
-follows the reader's light or dark scheme and shows values under the mouse. Plotly's script alone is 4.7 MB in each
+The figures in the page are drawn by ``report_page/page.js``, about 240 lines: the whole page is some 100 kB,
+follows the reader's light or dark scheme and shows values under the mouse. Plotly's script alone is 4.8 MB in each
 report and does not follow the scheme. Left out: comparing runs.
 
 Every text that comes from the run or its corpus is escaped, so text like ``<script>`` is shown and never run.
