@@ -32,18 +32,34 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Return a 2-D operand as oneDNN likes it: for a slice of a wider tensor it falls back to a slow loop."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T`` for 2-D operands, without autograd."""
     if _takes_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return _onednn(_dense(x), _dense(weight))
     return F.linear(x, weight)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Return ``grad.T @ x`` [O, I] for [N, O] and [N, I]; oneDNN is faster with the wider side as columns."""
+    if grad.shape[1] > x.shape[1]:
+        return _product(x.t(), grad.t()).t()
+    return _product(grad.t(), x.t())
 
 
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return _onednn(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -51,7 +67,7 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = _product(grad, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = _product(grad.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        grad_weight = _weight_gradient(grad, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
 
@@ -65,11 +81,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
+    x = x if x.is_contiguous() or x.dim() == 2 else x.contiguous()
+    x = _dense(x) if x.dim() == 2 else x
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         y = _OneDNNLinear.apply(x, weight)
         assert isinstance(y, Tensor)
     else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        y = _onednn(x, weight)
     return y if bias is None else y + bias
 
 
@@ -110,7 +128,7 @@ class _PerExpertLinear(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
             for e, (rows, inputs) in enumerate(zip(grad.split(counts), x.split(counts), strict=True)):
                 if counts[e]:
-                    grad_weight[e] = _product(rows.t(), inputs.t())
+                    grad_weight[e] = _weight_gradient(rows, inputs)
         return grad_x, grad_weight, None
 
 
