@@ -2,23 +2,27 @@
 
 Training, by role (the formats are those of the DeepSeek-V3 technical report, section 3.3, without FP8):
 
-- ``weights``: what the matrix products read: FP32, or a BF16 copy.
+- ``weights``: what the matrix products read: the FP32 weights, or their BF16 copies beside FP32 master weights.
 - ``gradients``: FP32.
-- ``optimizer``: AdamW's two moments in FP32 or BF16, the FP32 master weights where ``weights`` is a BF16 copy, and
+- ``optimizer``: AdamW's two moments in FP32 or BF16, the FP32 master weights where ``weights`` are BF16 copies, and
   the moving average of the weights if one is kept.
-- ``activations``: what the forward pass saves for the backward pass of one micro-batch, and the loss's logits.
+- ``activations``: what the forward pass keeps for the backward pass of one micro-batch, and the workspace at the
+  moment when most of it is held.
 
-Weights, gradients and moments are exact products of parameter counts. Activations are *modelled*: a sum over the
-tensors that ``cofire.model`` saves, checked against measured peaks by a test.
+Weights, gradients and optimiser are exact products of parameter counts. Activations are *modelled* after the tensors
+that ``cofire.model`` keeps on a CPU; a test compares them with measured peaks and holds them to -10 % and +25 %.
 
-Left out: the allocator's fragmentation, temporaries inside one operator, communication buffers, and the framework
-itself.
+Left out: the allocator's fragmentation, the framework itself, communication buffers, and the kernels' own scratch.
 """
 
 from __future__ import annotations
 
 from cofire.plan.kv_cache import kv_bytes_per_token
-from cofire.plan.parameters import ParameterCount, count_parameters
+from cofire.plan.parameters import (
+    ParameterCount,
+    attention_matrix_parameters,
+    count_parameters,
+)
 from cofire.spec.model import MLASpec, ModelSpec
 from cofire.spec.spec_type import Spec
 from cofire.spec.workload import WorkloadSpec
@@ -26,6 +30,8 @@ from cofire.spec.workload import WorkloadSpec
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # FP8 weights carry one FP32 scale per 128 x 128 block (DeepSeek-V3 technical report, section 3.3.2).
 _FP8_SCALE_BYTES_PER_WEIGHT = 4 / (128 * 128)
+# The head's logits exist for this many tokens at a time (cofire.model.cross_entropy).
+_LOSS_CHUNK_TOKENS = 1024
 
 
 class MemoryEstimate(Spec):
@@ -61,59 +67,63 @@ def training_memory(model: ModelSpec, workload: WorkloadSpec) -> MemoryEstimate:
         Bytes by role.
     """
     parameters = count_parameters(model).total_with_mtp
+    mixed = workload.recipe == "bf16"
+    weights = _copied_weight_bytes(model, workload) if mixed else 4 * parameters
     moments = 2 * FORMAT_BYTES[workload.moments] * parameters
-    master = 4 * parameters if workload.recipe == "bf16" else 0
-    average = 4 * parameters if workload.ema else 0
-    weights = FORMAT_BYTES[workload.recipe] * parameters
+    optimizer = moments + (4 * parameters if mixed else 0) + (4 * parameters if workload.ema else 0)
     parts = activation_parts(model, workload)
     activations = sum(parts.values())
     return MemoryEstimate(
         weights=weights,
         gradients=4 * parameters,
-        optimizer=moments + master + average,
+        optimizer=optimizer,
         activations=activations,
         activation_parts=parts,
-        total=weights + 4 * parameters + moments + master + average + activations,
+        total=weights + 4 * parameters + optimizer + activations,
     )
 
 
 def activation_parts(model: ModelSpec, workload: WorkloadSpec) -> dict[str, int]:
-    """Return the bytes saved for the backward pass of one micro-batch, by part of the model.
+    """Return the bytes that the forward and backward pass of one micro-batch hold, by part of the model.
 
-    The residual stream and the norms are FP32; everything between is in the recipe's format. With full recomputation
-    each block keeps its input, and one block at a time is expanded.
+    The residual stream, norms and the router are FP32; everything between is in the recipe's format. With full
+    recomputation each block keeps its inputs, and one block at a time is expanded. MTP module k sees T - k positions.
 
     Args:
         model: The model.
         workload: Micro-batch, sequence length, recipe and recomputation.
 
     Returns:
-        Bytes of ``attention``, ``feed_forward``, ``mtp`` and ``loss``, or with recomputation of ``block_inputs`` and
-        ``one_block`` instead of the first two.
+        Bytes of ``attention``, ``feed_forward``, ``mtp``, ``loss`` and ``workspace``; with recomputation
+        ``block_inputs`` takes the place of the first three, and the expanded block is part of ``workspace``.
     """
+    hidden, compute = model.hidden_size, FORMAT_BYTES[workload.recipe]
     tokens = workload.micro_batch_size * workload.sequence_length
-    compute = FORMAT_BYTES[workload.recipe]
-    attention = _attention_bytes(model, compute)
-    dense, moe = _dense_bytes(model, compute), _moe_bytes(model, compute)
     depth = model.mtp.depth if model.mtp else 0
+    mtp_tokens = sum(workload.micro_batch_size * (workload.sequence_length - k) for k in range(1, depth + 1))
+    attention, dense, moe = _attention_bytes(model, compute), _dense_bytes(model, compute), _moe_bytes(model, compute)
     last = moe if model.moe else dense
-    loss = _loss_bytes(model, compute)
-    entry = 4 * 4 * model.hidden_size + compute * 2 * model.hidden_size
+    # Two norms, each input and normalised value; the second input is the norm's output one depth before.
+    entry = 4 * 4 * hidden + compute * 2 * hidden
+    # Per pass through the head: gradients of its input and of its weights, formed in the forward pass; a final norm.
+    loss = (tokens + mtp_tokens) * 4 * hidden + (1 + depth) * 4 * model.vocab_size * hidden
+    final_norms = _norm_bytes(hidden) * (tokens + (mtp_tokens if workload.recompute == "none" else 0))
+    chunk, backward = _loss_chunk_bytes(model, tokens, compute), _backward_bytes(model, tokens, compute)
     if workload.recompute == "full":
-        block_inputs = (model.num_layers + depth) * 4 * model.hidden_size
-        parts = {
-            "block_inputs": block_inputs,
-            "one_block": attention + max(dense if model.num_dense_layers else 0, moe),
-            "mtp": depth * entry,
+        one_block = attention + max(dense if model.num_dense_layers else 0, moe)
+        one_block = max(one_block * tokens, (entry + attention + last) * mtp_tokens // max(depth, 1))
+        return {
+            "block_inputs": 4 * hidden * (model.num_layers * tokens + 2 * mtp_tokens),
+            "loss": loss + final_norms,
+            "workspace": max(chunk, one_block + backward),
         }
-    else:
-        parts = {
-            "attention": model.num_layers * attention,
-            "feed_forward": model.num_dense_layers * dense + model.num_moe_layers * moe,
-            "mtp": depth * (entry + attention + last),
-        }
-    parts["loss"] = (1 + depth) * loss
-    return {part: tokens * size for part, size in parts.items()}
+    return {
+        "attention": model.num_layers * attention * tokens,
+        "feed_forward": (model.num_dense_layers * dense + model.num_moe_layers * moe) * tokens,
+        "mtp": (entry + attention + last) * mtp_tokens,
+        "loss": loss + final_norms,
+        "workspace": max(chunk, backward),
+    }
 
 
 def inference_memory(model: ModelSpec, workload: WorkloadSpec) -> InferenceMemory:
@@ -144,35 +154,79 @@ def weight_bytes(count: ParameterCount, weight_format: str) -> int:
 # -- bytes per token of one part --------------------------------------------------------------------
 
 
-def _norm_bytes(width: int, compute: int) -> int:
-    """RMSNorm saves its FP32 input and its output, which the next product reads."""
-    return (4 + compute) * width
+def _norm_bytes(width: int) -> int:
+    """What RMSNorm keeps: its FP32 input and the normalised value, before the weight; and one FP32 scale."""
+    return 4 * (2 * width + 1)
 
 
 def _attention_bytes(model: ModelSpec, compute: int) -> int:
-    attention, hidden = model.attention, model.hidden_size
-    heads = attention.num_heads
-    core = heads * (2 * attention.qk_head_dim + 2 * attention.v_head_dim)
-    size = _norm_bytes(hidden, compute) + compute * core + 4 * heads
-    if isinstance(attention, MLASpec):
-        size += _norm_bytes(attention.kv_lora_rank, compute) + compute * attention.qk_rope_head_dim
-        size += _norm_bytes(attention.q_lora_rank, compute) if attention.q_lora_rank else 0
-    return size
+    """Norm, its output (one BF16 copy per product that reads it), latents, then what the attention kernel keeps."""
+    attention, heads = model.attention, model.attention.num_heads
+    readers = 1 if compute == 4 else 2 if isinstance(attention, MLASpec) else 3
+    size = _norm_bytes(model.hidden_size) + compute * readers * model.hidden_size
+    keys = heads * attention.qk_head_dim
+    output = heads * attention.v_head_dim
+    if not isinstance(attention, MLASpec):
+        return size + compute * (3 * keys + output) + 4 * heads
+    if attention.q_lora_rank is not None:
+        size += _norm_bytes(attention.q_lora_rank) + compute * attention.q_lora_rank
+    size += _norm_bytes(attention.kv_lora_rank) + compute * attention.cache_width
+    # The kernel reads values of the keys' width: a padded copy, and a padded output, where they are narrower.
+    padded = attention.v_head_dim < attention.qk_head_dim
+    values = keys + keys if padded else heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    return size + compute * (2 * keys + values + output) + 4 * heads
 
 
 def _dense_bytes(model: ModelSpec, compute: int) -> int:
-    return _norm_bytes(model.hidden_size, compute) + compute * 4 * model.intermediate_size
+    """Norm, its output, gate and up, and their product."""
+    return _norm_bytes(model.hidden_size) + compute * (model.hidden_size + 3 * model.intermediate_size)
 
 
 def _moe_bytes(model: ModelSpec, compute: int) -> int:
+    """Norm, its FP32 output for the router, rows sorted by expert, gate and up, product, rows in token order."""
     moe, hidden = model.moe, model.hidden_size
     if moe is None:
         return 0
-    routed = moe.num_experts_per_token * (2 * hidden + 4 * moe.expert_intermediate_size)
-    shared = 4 * moe.num_shared_experts * moe.expert_intermediate_size
-    return _norm_bytes(hidden, compute) + compute * (routed + shared) + 4 * 3 * moe.num_routed_experts
+    routed = moe.num_experts_per_token * (2 * hidden + 3 * moe.expert_intermediate_size)
+    shared = 3 * moe.num_shared_experts * moe.expert_intermediate_size
+    if compute != 4 and moe.num_shared_experts:
+        shared += hidden
+    # Three int64 indices and two FP32 gates per chosen expert.
+    routing = 4 * moe.num_routed_experts + (3 * 8 + 2 * 4) * moe.num_experts_per_token
+    return _norm_bytes(hidden) + 4 * hidden + compute * (routed + shared) + routing
 
 
-def _loss_bytes(model: ModelSpec, compute: int) -> int:
-    """Final norm, then logits and their FP32 log-probabilities, of one pass through the head."""
-    return _norm_bytes(model.hidden_size, compute) + (compute + 4) * model.vocab_size
+# -- what exists for a moment -----------------------------------------------------------------------
+
+
+def _loss_chunk_bytes(model: ModelSpec, tokens: int, compute: int) -> int:
+    """FP32 logits and log-probabilities of a chunk beside the gradient of the last one; in BF16, the head's copy."""
+    several = tokens > _LOSS_CHUNK_TOKENS
+    copies = 4 * 3 if several else 4 * 2
+    if compute != 4 and several:
+        copies += compute
+    head = compute * model.hidden_size if compute != 4 else 0
+    return model.vocab_size * (copies * min(tokens, _LOSS_CHUNK_TOKENS) + head)
+
+
+def _backward_bytes(model: ModelSpec, tokens: int, compute: int) -> int:
+    """Gradients of a block's output and of its largest stack of matrices; others take the place of what they free."""
+    moe, hidden = model.moe, model.hidden_size
+    width = model.intermediate_size if moe is None else moe.num_routed_experts * moe.expert_intermediate_size
+    return 4 * hidden * tokens + compute * 2 * width * hidden
+
+
+def _copied_weight_bytes(model: ModelSpec, workload: WorkloadSpec) -> int:
+    """BF16 copies held at once.
+
+    Without recomputation those of all matrices. With it, the larger of one block's and of all matrices but the
+    routed experts, since autocast keeps the copies of plain products until the forward pass ends.
+    """
+    count, moe = count_parameters(model), model.moe
+    mtp = count.mtp
+    plain = count.attention + count.shared_experts + count.dense_ffn
+    plain += mtp.attention + mtp.shared_experts + mtp.dense_ffn + mtp.projection
+    if workload.recompute == "none":
+        return 2 * (plain + count.routed_experts + mtp.routed_experts)
+    experts = 0 if moe is None else count.expert * (moe.num_routed_experts + moe.num_shared_experts)
+    return 2 * max(plain, attention_matrix_parameters(model) + max(experts, count.dense_ffn_per_layer))
