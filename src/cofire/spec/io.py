@@ -232,6 +232,8 @@ def _read_resolved(source: str, folder: Path, chain: tuple[str, ...]) -> dict[st
 
     ``chain`` are the sources that led here; one that comes back to itself is a circle.
     """
+    if "\0" in source:
+        raise SpecError(f"cannot read {source!r}: a file's name has no zero byte")
     if source not in preset_names() and Path(source).suffix:
         source = str(folder / source)
     name = source if source in preset_names() else os.path.realpath(source)

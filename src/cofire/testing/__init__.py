@@ -1,0 +1,1 @@
+"""Public test doubles: hypothesis strategies for specs. Needs the ``dev`` extra."""
