@@ -66,6 +66,7 @@ def test_nearest_divisor_is_the_closest_of_all_divisors(number: int, wish: int) 
     ("item", "text"),
     [
         ("num_layers=0", "num_layers = 0 must be greater than or equal to 1"),
+        ("num_layers=true", "num_layers = True must be a number, not true or false"),
         ("num_layers=x", "num_layers = 'x' must be a valid integer"),
         ("num_layers=1.5", "num_layers = 1.5 must be a valid integer, got a number with a fractional part"),
         ("norm_epsilon=inf", "norm_epsilon = inf must be a finite number"),

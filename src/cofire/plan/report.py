@@ -230,7 +230,10 @@ def _bounds_table(plan: Plan) -> Table:
 
 
 def _remarks(plan: Plan) -> list[str]:
-    remarks = ["Counts, cache and state are exact formulas over the spec. Activations are modelled."]
+    remarks = [
+        "Counts, cache and state are exact formulas over the spec. Activations are modelled.",
+        "Memory is that of tensors; the framework and its allocator come on top (measured on a CPU: 0.4 GB and more).",
+    ]
     if plan.bounds is not None:
         remarks.append(
             "Bounds are modelled from the vendor's peaks; assumed: an even split, no communication, uniform routing."

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cofire.spec.spec_type import Spec
+from cofire.spec.spec_type import Positive, Spec
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -29,8 +29,8 @@ class ClusterSpec(Spec):
     kind: Literal["cluster"] = "cluster"
     name: str
     description: str = ""
-    num_nodes: Annotated[int, Field(ge=1)] = 1
-    devices_per_node: Annotated[int, Field(ge=1)] = 8
+    num_nodes: Positive = 1
+    devices_per_node: Positive = 8
     device: DeviceSpec
 
     @property

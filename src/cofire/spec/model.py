@@ -13,9 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cofire.spec.spec_type import Spec, nearest_divisor
-
-Positive = Annotated[int, Field(ge=1)]
+from cofire.spec.spec_type import NonNegative, Positive, Spec, nearest_divisor
 
 
 class MLASpec(Spec):
@@ -150,10 +148,10 @@ class MoESpec(Spec):
     """A DeepSeekMoE layer (arXiv 2401.06066; DeepSeek-V3 technical report, eq. 12-16)."""
 
     num_routed_experts: Positive
-    num_shared_experts: Annotated[int, Field(ge=0)] = 0
+    num_shared_experts: NonNegative = 0
     num_experts_per_token: Positive
     expert_intermediate_size: Positive = Field(description="hidden width of one expert")
-    num_first_dense_layers: Annotated[int, Field(ge=0)] = 0
+    num_first_dense_layers: NonNegative = 0
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     num_expert_groups: Positive = 1
     num_limited_groups: Positive = 1

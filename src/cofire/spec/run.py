@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cofire.spec.model import ModelSpec, Positive
+from cofire.spec.model import ModelSpec
 from cofire.spec.precision import PrecisionSpec
-from cofire.spec.spec_type import Spec, nearest_divisor
+from cofire.spec.spec_type import NonNegative, Positive, Spec, nearest_divisor
 
-NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")  # Python, and pydantic, would take true for 1
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
 
 
 class Spec(BaseModel):

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cofire.spec.model import Positive
-from cofire.spec.spec_type import Spec
+from cofire.spec.spec_type import Positive, Spec
 
 
 class WorkloadSpec(Spec):
