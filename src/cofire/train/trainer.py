@@ -283,9 +283,8 @@ class Trainer:
         self._update_ema()
         self.step += 1
         self.recent = [*self.recent[1 - _RECENT_STEPS :], time.perf_counter() - start]
-        self._log_step(
-            main_loss.mean().item(), mtp_losses.mean(0).tolist(), balance_loss.mean().item(), load, (rate, norm)
-        )
+        losses = (main_loss.mean().item(), mtp_losses.mean(0).tolist(), balance_loss.mean().item())
+        self._log_step(losses, load, rate, norm.item())
 
     def _log_step(
         self, losses: tuple[float, list[float], float], load: Tensor, learning_rate: float, grad_norm: float
