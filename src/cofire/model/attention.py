@@ -145,9 +145,11 @@ class MLA(nn.Module):
         latent_query = by_head.transpose(0, 1).unflatten(0, (batch, queries))
         query = torch.cat((latent_query, rope), dim=-1).flatten(1, 2)  # [B, T*H, C]
         scores = torch.bmm(query, entries.transpose(1, 2)) * self.scale
-        if context.visible is not None:
-            hidden = ~context.visible.repeat_interleave(spec.num_heads, dim=1)
-            scores = scores.masked_fill(hidden, float("-inf"))
+        visible = context.visible
+        if context.causal and queries > 1:
+            visible = context.positions.unsqueeze(2) >= context.positions.unsqueeze(1)
+        if visible is not None:
+            scores = scores.masked_fill(~visible.repeat_interleave(spec.num_heads, dim=1), float("-inf"))
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(entries.dtype)
         mixed = torch.bmm(weights, entries[..., : spec.kv_lora_rank])  # [B, T*H, kv_lora_rank]
         mixed = mixed.view(batch * queries, spec.num_heads, -1).transpose(0, 1)

@@ -133,10 +133,7 @@ class Decoder(nn.Module):
         turn = rotation(frequencies, positions, self.spec.rope, dtype)
         length = int(positions.max()) + 1
         if length == queries and torch.equal(positions, steps):
-            visible = None
-            if form == "absorbed" and queries > 1:
-                visible = steps[:, :, None] >= steps[:, None, :]
-            return AttentionContext(positions, turn, length, True, visible, form)
+            return AttentionContext(positions, turn, length, True, None, form)
         uniform = queries == 1 and bool((positions == length - 1).all())
         keys = torch.arange(length, device=device)
         visible = None if uniform else positions.unsqueeze(-1) >= keys
