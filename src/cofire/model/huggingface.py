@@ -291,8 +291,9 @@ def load(
     if spec.mtp is not None and f"model.layers.{spec.num_layers}.eh_proj.weight" not in homes:
         spec = spec.model_copy(update={"mtp": None})
     named = str(config.get("torch_dtype") or config.get("dtype") or "float32")
-    dtype = dtype or getattr(torch, named, torch.float32)
-    decoder = build(spec, device="meta", dtype=dtype).to_empty(device=device or "cpu")
+    stored = getattr(torch, named, None)
+    chosen = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+    decoder = build(spec, device="meta", dtype=chosen).to_empty(device=device or "cpu")
     slots = dict(named_slots(decoder))
     _fill(slots, homes, _skipped(spec))
     return decoder
