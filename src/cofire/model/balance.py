@@ -73,10 +73,10 @@ def balance_loss(routing: Routing, sequences: int, moe: MoESpec) -> Tensor:
     if balance.sequence_loss_weight:
         unbiased = scores.detach().topk(moe.num_experts_per_token, dim=-1, sorted=False).indices
         share = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).mean(1)
-        total = total + balance.sequence_loss_weight * _dot(_frequency(unbiased, moe), share)
+        total = total + balance.sequence_loss_weight * _dot(_frequency(unbiased, moe, scores.dtype), share)
     if balance.expert_loss_weight or balance.device_loss_weight:
         chosen = routing.expert_index.unflatten(0, (sequences, -1))
-        frequency, share = _frequency(chosen, moe), scores.mean(1)
+        frequency, share = _frequency(chosen, moe, scores.dtype), scores.mean(1)
         total = total + balance.expert_loss_weight * _dot(frequency, share)
         if balance.device_loss_weight:
             groups = (balance.num_device_groups, -1)
@@ -86,14 +86,14 @@ def balance_loss(routing: Routing, sequences: int, moe: MoESpec) -> Tensor:
     return total
 
 
-def _frequency(chosen: Tensor, moe: MoESpec) -> Tensor:
+def _frequency(chosen: Tensor, moe: MoESpec, dtype: torch.dtype) -> Tensor:
     """Return f [B, E] = E / (K T) * count of each expert per sequence; ``chosen`` is [B, T, K]."""
     batch, tokens, k = chosen.shape
-    count = torch.zeros(batch, moe.num_routed_experts, dtype=torch.float32, device=chosen.device)
+    count = torch.zeros(batch, moe.num_routed_experts, dtype=dtype, device=chosen.device)
     flat = chosen.reshape(batch, -1)
-    count.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+    count.scatter_add_(1, flat, torch.ones_like(flat, dtype=dtype))
     return count * (moe.num_routed_experts / (k * tokens))
 
 
 def _dot(frequency: Tensor, share: Tensor) -> Tensor:
-    return (frequency.to(share.dtype) * share).sum(-1).mean()
+    return (frequency * share).sum(-1).mean()
