@@ -218,10 +218,11 @@ def test_mla_caches_the_normalised_latent_and_the_rotated_key_and_nothing_else()
     caches = caches_for(decoder, 1, 8)
     tokens = torch.randint(0, 31, (1, 6))
     with torch.no_grad():
-        decoder.layers[0].attention.kv_norm.weight.normal_()
+        block: Any = decoder.layers[0]
+        module = block.attention
+        module.kv_norm.weight.normal_()
         decoder(tokens, torch.arange(6)[None], caches)
-        module = decoder.layers[0].attention
-        down = module.kv_down(decoder.layers[0].attention_norm(decoder.embedding(tokens)))
+        down = module.kv_down(block.attention_norm(decoder.embedding(tokens)))
     entries = caches[0].entries[:, :6]
     assert entries.shape[-1] == spec.attention.cache_width == 14
     torch.testing.assert_close(entries[..., :10], module.kv_norm(down[..., :10]).detach(), rtol=1e-13, atol=1e-14)
@@ -278,7 +279,7 @@ def test_decoding_in_narrow_types_follows_the_one_pass_result(dtype: torch.dtype
     tokens = torch.randint(0, 31, (2, 10))
     caches = caches_for(decoder, 2, 16, dtype)
     with torch.no_grad():
-        whole = decoder(tokens).hidden.float()
+        whole = y = decoder(tokens).hidden.float()
         for t in range(10):
             y = decoder(tokens[:, t : t + 1], torch.full((2, 1), t), caches).hidden.float()
     assert relative(y, whole[:, -1:]) < (1e-5 if dtype == torch.float32 else 8e-2)

@@ -68,8 +68,10 @@ def as_dicts(routing: Any) -> list[dict[int, float]]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), groups=st.integers(1, 4), size=st.integers(2, 5), score=st.sampled_from(["sigmoid", "softmax"]),
-    group_score=st.sampled_from(["top2_sum", "max"]), normalize=st.booleans(), rule=st.sampled_from(["none", "sign", "multiplicative"]),
+    seed=st.integers(0, 10_000), groups=st.integers(1, 4), size=st.integers(2, 5),
+    score=st.sampled_from(["sigmoid", "softmax"]),
+    group_score=st.sampled_from(["top2_sum", "max"]), normalize=st.booleans(),
+    rule=st.sampled_from(["none", "sign", "multiplicative"]),
     biased=st.sampled_from(["absent", "small", "very negative"]), data=st.data(),
 )  # fmt: skip
 def test_it_equals_a_loop_over_tokens_and_experts(

@@ -38,7 +38,8 @@ def build(
 @torch.no_grad()
 def initialize(decoder: Decoder, seed: int | None = None) -> None:
     """Draw all weights of a decoder anew; see :func:`build`."""
-    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    drawn_seed = int(torch.randint(2**62, ())) if seed is None else seed
+    generator = torch.Generator().manual_seed(drawn_seed)
     for module in decoder.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, RMSNorm):

@@ -32,7 +32,10 @@ class DecoderOutput(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """The loss to differentiate and its parts, in nats per token; loads [MoE layers + MTP depth, E]."""
+    """The loss to differentiate and its parts, in nats per token; loads [MoE layers + MTP depth, E].
+
+    Balance losses are computed while gradients are recorded; in validation ``balance_loss`` is zero.
+    """
 
     loss: Tensor
     main_loss: Tensor
@@ -152,10 +155,18 @@ class Decoder(nn.Module):
 
     def _run_mtp(self, module: nn.Module, hidden: Tensor, inputs: Tensor, k: int) -> tuple[Tensor, list[MoEStats]]:
         """Depth k over the positions whose k-th next token is an input: hidden loses its last position."""
+        if inputs.shape[1] <= k:  # a sample too short for this depth has nothing to predict here
+            return hidden[:, :0], self._no_stats(hidden)
         embedded = self.embedding(inputs[:, k:])
         context = self.context(embedded.shape[:2], None, "expanded", inputs.device)
         hidden, stats = self._call(module, hidden[:, :-1], embedded, context, None)
         return hidden, [] if stats is None else [stats]
+
+    def _no_stats(self, hidden: Tensor) -> list[MoEStats]:
+        if self.spec.moe is None:
+            return []
+        empty = torch.zeros(self.spec.moe.num_routed_experts, dtype=torch.int64, device=hidden.device)
+        return [MoEStats(empty, hidden.new_zeros(()))]
 
     def _call(self, module: nn.Module, *args: object) -> tuple[Tensor, MoEStats | None]:
         if self.recompute == "full" and torch.is_grad_enabled():

@@ -6,8 +6,9 @@ speed of oneDNN (measured: docs/lab/LOG.md). ``linear`` therefore takes oneDNN f
 additions differs.
 
 Grouped products multiply the rows of each expert with that expert's matrix. ``grouped_linear`` takes
-``torch.nn.functional.grouped_mm`` for 16-bit types and, for FP32 and FP64, one product per expert that
-has rows, inside a single autograd node.
+``torch.nn.functional.grouped_mm`` for 16-bit types on an accelerator. Everywhere else it makes one product
+per expert that has rows, inside a single autograd node: on a CPU ``grouped_mm`` is the same loop, costs more
+per expert and fails for an expanded gradient.
 """
 
 from __future__ import annotations
@@ -112,24 +113,50 @@ class _PerExpertLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
-        return torch.cat([_product(rows, weight[e]) for e, rows in enumerate(x.split(counts)) if counts[e]])
+        return _per_expert(x, weight, counts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         counts: list[int] = ctx.counts
         grad = grads[0].contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            parts = [_product(rows, weight[e].t()) for e, rows in enumerate(grad.split(counts)) if counts[e]]
-            grad_x = torch.cat(parts)
+            grad_x = _per_expert(grad, weight.transpose(1, 2), counts)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.empty_like(weight)
             for e, (rows, inputs) in enumerate(zip(grad.split(counts), x.split(counts), strict=True)):
-                if counts[e]:
+                if not counts[e]:
+                    grad_weight[e].zero_()
+                elif _takes_onednn(rows, inputs):
                     grad_weight[e] = _weight_gradient(rows, inputs)
+                else:
+                    torch.mm(rows.t(), inputs, out=grad_weight[e])
         return grad_x, grad_weight, None
+
+
+def _per_expert(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """Return [M, O] for rows ``x`` [M, I] sorted by expert and ``weight`` [E, O, I], without autograd."""
+    if _takes_onednn(x, weight):
+        return torch.cat([_product(rows, weight[e]) for e, rows in enumerate(x.split(counts)) if counts[e]])
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for e, (rows, out) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
+        if counts[e]:
+            torch.mm(rows, weight[e].t(), out=out)
+    return y
+
+
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient is laid out densely: ``grouped_mm`` rejects an expanded one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].contiguous()
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -143,13 +170,15 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         [M, O].
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    if x.dtype in (torch.bfloat16, torch.float16):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
-    if x.shape[0] == 0:
-        return x.new_zeros(0, weight.shape[1])
-    y = _PerExpertLinear.apply(x, weight, counts.tolist())
+    if device != "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        y = F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+        y = _DenseGradient.apply(y)
+    else:
+        with torch.autocast(device, enabled=False):
+            y = _PerExpertLinear.apply(x, weight, counts.tolist())
     assert isinstance(y, Tensor)
     return y

@@ -131,7 +131,7 @@ class LocalDispatcher:
         assert isinstance(pairs, Tensor)
         tokens, k = routing.expert_index.shape
         gates = routing.gates.to(rows.dtype)
-        return torch.bmm(gates.unsqueeze(1), pairs.view(tokens, k, -1)).squeeze(1)
+        return torch.bmm(gates.unsqueeze(1), pairs.view(tokens, k, rows.shape[1])).squeeze(1)
 
 
 class MoEStats(NamedTuple):
@@ -158,7 +158,7 @@ class MoELayer(nn.Module):
         """Map ``x`` [B, T, D] to [B, T, D] and the layer's stats."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
-        if routing.expert_index.numel() <= _GATHER_PAIRS_MAX and not torch.is_grad_enabled():
+        if self._is_handful(routing):
             y, counts = self._run_gathered(tokens, routing), None
         else:
             dispatched = self.dispatcher.dispatch(tokens, routing)
@@ -172,9 +172,16 @@ class MoELayer(nn.Module):
         loss = balance_loss(routing, x.shape[0], self.moe) if torch.is_grad_enabled() else y.new_zeros(())
         return y.view(x.shape), MoEStats(counts, loss)
 
+    def _is_handful(self, routing: Routing) -> bool:
+        """Whether to skip the sort: few pairs, no gradients, and all experts here."""
+        few = routing.expert_index.numel() <= _GATHER_PAIRS_MAX
+        return few and type(self.dispatcher) is LocalDispatcher and not torch.is_grad_enabled()
+
     def _run_gathered(self, x: Tensor, routing: Routing) -> Tensor:
         """A handful of tokens: multiply by the chosen experts' own matrices, one after the other."""
         k = routing.expert_index.shape[1]
+        if x.device.type != "cpu":  # no synchronisation with the host
+            return self._run_batched(x, routing)
         index = routing.expert_index.reshape(-1).tolist()
         gates = routing.gates.to(x.dtype)
         parts = [
@@ -183,3 +190,12 @@ class MoELayer(nn.Module):
         ]
         pairs = torch.cat(parts).view(x.shape[0], k, -1)
         return torch.bmm(gates.unsqueeze(1), pairs).squeeze(1)
+
+    def _run_batched(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same by copying the chosen matrices next to each other."""
+        k = routing.expert_index.shape[1]
+        index = routing.expert_index.reshape(-1)
+        rows = x.repeat_interleave(k, dim=0).unsqueeze(2)
+        hidden = silu_product(torch.bmm(self.gate_up[index], rows).squeeze(2))
+        pairs = torch.bmm(self.down[index], hidden.unsqueeze(2)).view(x.shape[0], k, -1)
+        return torch.bmm(routing.gates.to(pairs.dtype).unsqueeze(1), pairs).squeeze(1)
