@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 
 def read_tensors(folder: Path, into: dict[str, Any]) -> None:
     """Fill the tensors of a nested ``into`` in place from a checkpoint folder; other keys are left unread."""
-    dcp.load(into, storage_reader=SafeReader(str(folder / TENSORS)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that no process group is up; none is needed
+        dcp.load(into, storage_reader=SafeReader(str(folder / TENSORS)), no_dist=True)
 
 
 def load_decoder(
