@@ -90,7 +90,7 @@ def fit(
         raise TrainError("WORLD_SIZE > 1, but training runs in one process so far; start it without torchrun")
     folder = Path(out)
     view = view or make_view(quiet=True)
-    _claim_folder(folder, run, resume)
+    _check_folder(folder, run, resume)
     with contextlib.ExitStack() as stack:
         handlers: list[SuspendSignal] = [FileSuspend(), *signals]
         with contextlib.suppress(ValueError):  # not in the main thread: signals belong to somebody else
@@ -102,8 +102,8 @@ def fit(
             trainer.close()
 
 
-def _claim_folder(folder: Path, run: RunSpec, resume: bool) -> None:
-    """Make the folder this run's own, or say why it cannot be."""
+def _check_folder(folder: Path, run: RunSpec, resume: bool) -> None:
+    """Say why a folder cannot be this run's, if it cannot; nothing is written yet."""
     saved = folder / "run.toml"
     if saved.exists():
         if not resume:
@@ -115,13 +115,8 @@ def _claim_folder(folder: Path, run: RunSpec, resume: bool) -> None:
                 f"{folder} holds a run with {path} = {old!r}, not {new!r}; resume it with its own settings, or name "
                 "another --out"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TrainError(f"{folder} is not empty and holds no run; name another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_text(saved, dump(run))
-    except OSError as error:
-        raise TrainError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 class Trainer:
@@ -133,6 +128,7 @@ class Trainer:
         self.plan = estimate(run)
         self._check_memory()
         self.data = self._prepare()
+        self._claim_folder()
         self.store = CheckpointStore(folder, run.model, run.checkpoint.keep)
         newest = self.store.newest() if resume else None
         saved = {} if newest is None else json.loads((newest / "state.json").read_text("utf-8"))
@@ -179,9 +175,16 @@ class Trainer:
                 self.view.note(f"data: {phase}")
                 last = phase
 
-        data = prepare(self.run.data, self.run.model.vocab_size, progress)
-        _write_text(self.folder / "tokenizer.json", data.tokenizer_path.read_text("utf-8"))
-        return data
+        return prepare(self.run.data, self.run.model.vocab_size, progress)
+
+    def _claim_folder(self) -> None:
+        """Write what says whose folder this is, once nothing but the disk can refuse the run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_text(self.folder / "tokenizer.json", self.data.tokenizer_path.read_text("utf-8"))
+            _write_text(self.folder / "run.toml", dump(self.run))
+        except OSError as error:
+            raise TrainError(f"cannot write to {self.folder}: {error.strerror}") from None
 
     def _announce(self, newest: Path | None) -> None:
         count = self.plan.parameters
