@@ -22,6 +22,13 @@ from cofire.errors import CofireError
 # In the order that a user walks through them; each module has ``register(app)``.
 _STAGES = ("spec", "plan", "train", "report", "generate", "serve", "claims")
 
+# What an extra brings, by the module that a command misses first.
+_EXTRAS = {
+    **dict.fromkeys(("torch", "tokenizers", "safetensors", "fsspec", "pyarrow", "matplotlib", "tensorboard"), "train"),
+    **dict.fromkeys(("fastapi", "uvicorn"), "serve"),
+    "transformers": "interop",
+}
+
 
 def _show_version(value: bool) -> None:
     if value:
@@ -74,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("cofire: interrupted\n")
         return 130
     except Exception as error:
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in _EXTRAS:
+            sys.stderr.write(f"cofire: this command needs {missing}: pip install 'cofire[{_EXTRAS[missing]}]'\n")
+            return 2
         _report_fault(error)
         return 1
     return 0
