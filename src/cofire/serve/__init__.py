@@ -1,0 +1,1 @@
+"""Answers: a trained model generates text, with its latent cache and its own MTP modules as drafters."""
