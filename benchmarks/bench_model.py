@@ -258,12 +258,14 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     import transformers
 
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     head = [
         f"# Speed of `{options.model}` against transformers {transformers.__version__}, *measured*",
         "",
-        f"Commit {commit.stdout.strip()}; {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; command `python benchmarks/bench_model.py {' '.join(options.words)}`; "
-        f"n = {options.repeats} interleaved repeats.",
+        f"Commit {commit.stdout.strip()}; {machine}; n = {options.repeats} interleaved repeats; command "
+        f"`python benchmarks/bench_model.py {' '.join(options.words)}`.",
         "",
     ]
     text = "\n".join([*head, table_text(found), "", *(f"- {note}" for note in notes), ""])

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -74,6 +75,43 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     raise ServeError(f"{root} has no tokenizer.json; put the one that the model was trained with there")
 
 
+class _Output:
+    """The text of one prompt while it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, room: int, show: Callable[[str], None]) -> None:
+        self.ids: list[int] = []
+        self.reason = "length"
+        self._room = room
+        self._end = tokenizer.token_to_id(END_OF_TEXT)
+        self._stream = TextStream(tokenizer)
+        self._show = show
+
+    def take(self, new: Sequence[int]) -> bool:
+        """Append tokens; return whether the text goes on."""
+        kept = list(new)[: self._room - len(self.ids)]
+        if self._end is not None and self._end in kept:
+            kept = kept[: kept.index(self._end)]
+            self.reason = "stop"
+        self.ids.extend(kept)
+        goes_on = self.reason != "stop" and len(self.ids) < self._room
+        text = self._stream.feed(kept, last=not goes_on)
+        if text:
+            self._show(text)
+        return goes_on
+
+
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str], limit: int) -> list[list[int]]:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    start = [] if end is None else [end]
+    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids or start for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not 0 < len(ids) < limit:
+            raise ServeError(
+                f"the prompt {prompt[:20]!r} has {len(ids)} tokens; this model takes between 1 and {limit - 1}"
+            )
+    return encoded
+
+
 def generate(
     decoder: Decoder,
     tokenizer: Tokenizer,
@@ -97,56 +135,36 @@ def generate(
     Raises:
         ServeError: A prompt is too long, or there is no MTP module to draft with.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    start_ids = [] if end is None else [end]
-    encoded = [tokenizer.encode(p, add_special_tokens=False).ids or start_ids for p in prompts]
     limit = decoder.spec.max_sequence_length
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not 0 < len(ids) < limit:
-            raise ServeError(
-                f"the prompt {prompt[:20]!r} has {len(ids)} tokens; this model takes between 1 and {limit - 1}"
-            )
+    encoded = _encode(tokenizer, prompts, limit)
     batch = Batch(decoder, slots_max=len(prompts), speculative=speculative)
+    show_piece = show or (lambda number, text: None)
+    outputs = [
+        _Output(tokenizer, min(max_tokens, limit - len(ids)), partial(show_piece, number))
+        for number, ids in enumerate(encoded)
+    ]
     started = time.perf_counter()
-    outputs: list[list[int]] = [[] for _ in prompts]
-    reasons = ["length"] * len(prompts)
-    streams = [TextStream(tokenizer) for _ in prompts]
-    in_slot: list[int] = []
-
-    def take(number: int, new: Sequence[int]) -> bool:
-        """Append tokens to an output; return whether it goes on."""
-        room = min(max_tokens, limit - len(encoded[number])) - len(outputs[number])
-        kept = list(new)[:room]
-        if end is not None and end in kept:
-            kept = kept[: kept.index(end)]
-            reasons[number] = "stop"
-        outputs[number].extend(kept)
-        goes_on = reasons[number] != "stop" and len(kept) < room
-        text = streams[number].feed(kept, last=not goes_on)
-        if show is not None and text:
-            show(number, text)
-        return goes_on
-
-    for number, ids in enumerate(encoded):
-        if take(number, [batch.add(ids, parameters[number])]):
-            in_slot.append(number)
+    in_slot: list[_Output] = []
+    for output, ids, chosen in zip(outputs, encoded, parameters, strict=True):
+        if output.take([batch.add(ids, chosen)]):
+            in_slot.append(output)
         else:
             batch.remove(len(batch) - 1)
     prompted = time.perf_counter()
-    before = sum(map(len, outputs))
+    before = sum(len(output.ids) for output in outputs)
     while in_slot:
-        going = [take(number, new) for number, new in zip(list(in_slot), batch.step(), strict=True)]
+        going = [output.take(new) for output, new in zip(in_slot, batch.step(), strict=True)]
         for slot in reversed([i for i, goes_on in enumerate(going) if not goes_on]):
             batch.remove(slot)
             in_slot[slot] = in_slot[-1]
             in_slot.pop()
     seconds = time.perf_counter() - prompted
     return Generation(
-        texts=[tokenizer.decode(ids) for ids in outputs],
-        token_ids=outputs,
-        finish_reasons=reasons,
+        texts=[tokenizer.decode(output.ids) for output in outputs],
+        token_ids=[output.ids for output in outputs],
+        finish_reasons=[output.reason for output in outputs],
         prompt_seconds=prompted - started,
         decode_seconds=seconds,
-        tokens_per_s=(sum(map(len, outputs)) - before) / seconds if seconds else 0.0,
+        tokens_per_s=(sum(len(output.ids) for output in outputs) - before) / seconds if seconds else 0.0,
         acceptance=batch.accepted / batch.drafted if batch.drafted else None,
     )
