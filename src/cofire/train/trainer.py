@@ -43,6 +43,8 @@ from cofire.train.view import Progress, View, make_view
 _CHANGEABLE = ("steps", "name", "description", "checkpoint.", "validate_every_steps", "validation_sequences")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LOAD_EVERY = 10
+# What PyTorch, oneDNN and the allocator take beside the tensors that the plan counts (measured: docs/lab/LOG.md).
+_PROCESS_BYTES = 1_000_000_000
 _RECENT_STEPS = 20
 
 
@@ -90,7 +92,7 @@ def fit(
         raise TrainError("WORLD_SIZE > 1, but training runs in one process so far; start it without torchrun")
     folder = Path(out)
     view = view or make_view(quiet=True)
-    _check_folder(folder, run, resume)
+    check_folder(folder, run, resume)
     with contextlib.ExitStack() as stack:
         handlers: list[SuspendSignal] = [FileSuspend(), *signals]
         with contextlib.suppress(ValueError):  # not in the main thread: signals belong to somebody else
@@ -102,7 +104,7 @@ def fit(
             trainer.close()
 
 
-def _check_folder(folder: Path, run: RunSpec, resume: bool) -> None:
+def check_folder(folder: Path, run: RunSpec, resume: bool) -> None:
     """Say why a folder cannot be this run's, if it cannot; nothing is written yet."""
     saved = folder / "run.toml"
     if saved.exists():
@@ -158,7 +160,8 @@ class Trainer:
     # -- before the first step ------------------------------------------------------------------------
 
     def _check_memory(self) -> None:
-        needed, free = self.plan.training_memory.total, metrics.available_memory_bytes(self.device)
+        needed = self.plan.training_memory.total + _PROCESS_BYTES
+        free = metrics.available_memory_bytes(self.device)
         if needed > free:
             raise TrainError(
                 f"training {self.run.model.name} needs about {format_quantity(needed, 'B')} (modelled), but "
