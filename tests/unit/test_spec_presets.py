@@ -43,7 +43,9 @@ def test_small_presets_have_every_mechanism_of_deepseek_v3_on(name: str) -> None
     assert spec.moe is not None
     assert large.moe is not None
     assert spec.attention.kind == large.attention.kind == "mla"
-    assert spec.moe.balance == large.moe.balance
+    # The update rate differs: the paper's 1e-3 cannot even out a run of a few hundred steps.
+    rate = {"bias_update_rate": large.moe.balance.bias_update_rate}
+    assert spec.moe.balance.model_copy(update=rate) == large.moe.balance
     assert spec.mtp == large.mtp
     for switch in ("score_function", "group_score", "normalize_gates", "selection_bias"):
         assert getattr(spec.moe, switch) == getattr(large.moe, switch)
