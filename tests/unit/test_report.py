@@ -93,7 +93,10 @@ def validation_event(run: RunSpec, step: int) -> dict:
     loss = loss_at(step, run.steps) + 0.02
     event = {"event": "validation", "step": step, "loss": loss, "bits_per_byte": loss / math.log(2) / BYTES_PER_TOKEN}
     if run.model.moe is not None:
-        event["max_violation_global"] = [1.5 * math.exp(-3 * step / run.steps) + 0.05] * run.model.num_moe_layers
+        event["max_violation_global"] = [
+            *[1.5 * math.exp(-3 * step / run.steps) + 0.05] * run.model.num_moe_layers,
+            40.0,  # the MTP module's own: not part of the run's one number
+        ]
     return event | {"mtp_acceptance": 0.6 * step / run.steps}
 
 
@@ -381,7 +384,7 @@ def test_text_of_the_run_is_shown_and_never_run(tmp_path):
 
 def test_samples_are_shown_with_their_prompt(tmp_path):
     folder = write_run(tmp_path / "run", run_spec())
-    (folder / "samples.jsonl").write_text(json.dumps({"step": 120, "prompt": "def main(", "text": "def main(args):"}))
+    (folder / "samples.jsonl").write_text(json.dumps({"step": 120, "prompt": "def main(", "text": "args):"}))
     page = page_of(folder)
     assert "def main(args):" in page.text
     assert "after step 120" in page.text
@@ -394,7 +397,7 @@ def test_plan_stands_beside_the_measurement(tmp_path):
     (folder / "plan.json").write_text(json.dumps(plan.to_dict()))
     record = read_run(folder)
     rows = {row[0]: row[1:3] for row in plan_rows(record, summarise(record))}
-    assert rows["Parameters"] == (f"{plan.parameters.total:,}", "13,400,000")
+    assert rows["Parameters"] == (f"{plan.parameters.total_with_mtp:,}", "13,400,000")
     assert rows["Activated parameters"] == (f"{plan.parameters.activated_head_only:,}", "5,100,000")
     assert rows["Peak memory"] == (format_quantity(plan.training_memory.total, "B", 3), "")
     assert rows["Time per step"][0] == format_duration(4096 * plan.training_flops.total / 1.9e11)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofire.model.causal_attention import causal_attention, takes_blocks
 from cofire.model.linear import Linear
 from cofire.model.norm import RMSNorm
 from cofire.model.rope import Rotation, rotate, softmax_scale
@@ -200,6 +201,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, context: Att
         scale: Factor on the scores.
         context: Says which keys each query sees.
     """
+    if context.causal and takes_blocks(query, value):
+        return causal_attention(query, key, value, scale).flatten(2)
     width = value.shape[-1]
     if value.device.type == "cpu" and width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))  # the CPU's flash kernel wants equal widths

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cofire.model.linear import linear
+from cofire.model.linear import linear, weight_gradient
 
 _CHUNK_TOKENS = 1024
 
@@ -37,7 +37,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 continue
             grad = log_probability.exp_().scatter_add_(1, goal, torch.full_like(goal, -1, dtype=wide)).to(dtype)
             grad_hidden[chunk] = linear(grad, cast.t())
-            grad_weight += linear(grad.t(), rows.t())
+            grad_weight += weight_gradient(grad, rows)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

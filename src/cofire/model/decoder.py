@@ -51,6 +51,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.recompute: Literal["none", "full"] = "none"
+        self._frequencies: dict[torch.device, Tensor] = {}
         self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Block(spec, dense=i < spec.num_dense_layers) for i in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
         """Return what all layers share for ``shape`` = (B, T) new tokens at ``positions``."""
         batch, queries = shape
         dtype = self.embedding.weight.dtype
-        frequencies = inverse_frequencies(self.spec.rope, self.spec.attention.rope_dim).to(device)
+        frequencies = self._frequencies_on(device)
         steps = torch.arange(queries, device=device).expand(batch, -1)
         if positions is None:
             turn = rotation(frequencies, steps[:1], self.spec.rope, dtype)
@@ -141,6 +142,14 @@ class Decoder(nn.Module):
         keys = torch.arange(length, device=device)
         visible = None if uniform else positions.unsqueeze(-1) >= keys
         return AttentionContext(positions, turn, length, False, visible, form)
+
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        """Return the rotary frequencies, computed once per device; FP64 whatever the model is cast to."""
+        known = self._frequencies.get(device)
+        if known is None:
+            known = inverse_frequencies(self.spec.rope, self.spec.attention.rope_dim).to(device)
+            self._frequencies[device] = known
+        return known
 
     def _run_main(
         self, tokens: Tensor, context: AttentionContext, caches: Sequence[LayerCache] | None

@@ -14,7 +14,7 @@ that ``cofire.model`` keeps on a CPU; a test compares them with measured peaks a
 
 Left out: the framework itself, its kernels' scratch and caches, what the allocator keeps after it is freed, and
 communication buffers. On a CPU that is much for a small model: *measured* with glibc and FP32, the ``small`` preset's
-process grows by 2.2 GB where 1.3 GB of tensors are planned, of which 0.4 GB are oneDNN's and the rest freed blocks.
+process grows by 2.2 GB where 1.3 GB of tensors are planned, the rest being the framework, oneDNN and freed blocks.
 A plan is therefore a lower bound on what a process needs.
 """
 

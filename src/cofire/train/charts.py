@@ -165,7 +165,7 @@ def _floor_levels(record: RunRecord, num_tokens: int) -> tuple[Level, ...]:
 
 
 def _layer_curves(record: RunRecord, rows: Sequence[tuple[int, list[Value]]], smooth: bool) -> list[Curve]:
-    """One curve per layer, or the mean, highest and lowest layer where there are too many to tell apart."""
+    """One curve per layer, or the highest and lowest where there are too many, and the main layers' mean."""
     rows = [(step, values) for step, values in rows if values]
     if not rows:
         return []
@@ -173,13 +173,13 @@ def _layer_curves(record: RunRecord, rows: Sequence[tuple[int, list[Value]]], sm
     width = min(len(values) for _, values in rows)
     labels = layer_labels(record, width)
     columns = {label: [values[row] for _, values in rows] for row, label in enumerate(labels)}
-    mean = [_mean(values[:width]) for _, values in rows]
+    main = sum(label.startswith("layer") for label in labels) or width
+    mean = [_mean(values[:main]) for _, values in rows]
     if width > _LAYER_CURVES_MAX:
         known = [[v for v in values[:width] if v is not None] for _, values in rows]
         highest, lowest = [max(v, default=None) for v in known], [min(v, default=None) for v in known]
         drawn = [("highest layer", highest, "ramp7"), ("lowest layer", lowest, "ramp1")]
     else:
-        main = max(1, sum(label.startswith("layer") for label in labels))
         drawn = [
             (label, column, "magenta" if label.startswith("MTP") else f"ramp{1 + 6 * row // max(1, main - 1)}")
             for row, (label, column) in enumerate(columns.items())

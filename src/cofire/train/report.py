@@ -172,8 +172,7 @@ def _sample_section(record: RunRecord) -> str:
 
 def _sample(event: Event) -> str:
     prompt = str(event.get("prompt") or "")
-    text = str(event.get("text") or event.get("completion") or "")
-    text = text.removeprefix(prompt) if prompt else text
+    text = str(event.get("text") or "")
     step = number(event, "step")
     when = "" if step is None else f"<p>after step {step:,.0f}</p>"
     marked = f'<span class="prompt">{_text(prompt)}</span>' if prompt else ""

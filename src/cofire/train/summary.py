@@ -22,8 +22,9 @@ _RECENT_STEPS = 100
 class Summary:
     """Final numbers of a run; None where the run did not record one.
 
-    Losses are in nats per token. ``max_violation`` is the mean over layers, over the validation set where it was
-    recorded and else over the last 100 steps; ``max_violation_floor`` is what even routing shows there.
+    Losses are in nats per token. ``max_violation`` is the mean over the main model's layers, over the validation
+    set where it was recorded and else over the last 100 steps; ``max_violation_floor`` is what even routing
+    shows there.
     ``tokens_per_s`` and ``step_time_s`` are medians over steps.
     """
 
@@ -105,7 +106,7 @@ def plan_rows(record: RunRecord, summary: Summary) -> list[tuple[str, str, str, 
     """Return (quantity, plan, measured, remark) for what a plan foresaw and a run measured."""
     plan, run = record.plan or {}, record.run
     rows = [
-        ("Parameters", _count(_find(plan, _PARAMETERS)), _count(summary.parameters_total), "must be equal"),
+        ("Parameters", _count(_planned_parameters(plan)), _count(summary.parameters_total), "MTP modules included"),
         ("Activated parameters", _count(_find(plan, _ACTIVATED)), _count(summary.parameters_activated), "per token"),
         ("Training FLOP per token", _quantity(_find(plan, _FLOPS), "FLOP"), "", "modelled"),
         _step_time_row(record, summary),
@@ -157,12 +158,13 @@ def _violation(
     moe, run = record.run.model.moe, record.run
     if moe is None:
         return None, None, ""
-    whole = [value for value in numbers(final or {}, "max_violation_global") if value is not None]
+    layers = run.model.num_moe_layers
+    whole = [value for value in numbers(final or {}, "max_violation_global")[:layers] if value is not None]
     if whole:
         held_out = number(record.start, "validation_tokens") or math.inf
         tokens = int(min(run.validation_sequences * run.data.sequence_length, held_out))
         return statistics.fmean(whole), sampling_floor(moe, tokens), "validation set"
-    each = [value for event in recent for value in numbers(event, "max_violation") if value is not None]
+    each = [value for event in recent for value in numbers(event, "max_violation")[:layers] if value is not None]
     if not each:
         return None, None, ""
     return statistics.fmean(each), sampling_floor(moe, run.tokens_per_step), f"per step, last {len(recent)} steps"
@@ -188,6 +190,7 @@ def _size(summary: Summary) -> str:
 # -- plan --------------------------------------------------------------------------------------------
 
 _PARAMETERS = "parameters.total"
+_MTP_PARAMETERS = "parameters.mtp.total"
 _ACTIVATED = "parameters.activated_head_only"
 _FLOPS = "training_flops.total"
 _MEMORY = "training_memory.total"
@@ -199,6 +202,11 @@ def _find(plan: Event, path: str) -> float | None:
     for key in path.split("."):
         here = here.get(key) if isinstance(here, dict) else None
     return float(here) if isinstance(here, int | float) and not isinstance(here, bool) else None
+
+
+def _planned_parameters(plan: Event) -> float | None:
+    total = _find(plan, _PARAMETERS)
+    return None if total is None else total + (_find(plan, _MTP_PARAMETERS) or 0.0)
 
 
 def _peak_rate(record: RunRecord) -> float | None:
