@@ -167,13 +167,14 @@ def peak_memory(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     found = {}
     for side in ("cofire", "transformers"):
         code = (
-            "import resource,sys;sys.path.insert(0,sys.argv[1]);import bench_model as b,torch;from pathlib import Path;"
+            "import sys;sys.path.insert(0,sys.argv[1]);import bench_model as b,torch;from pathlib import Path;"
             "torch.manual_seed(0);o=b.parse(sys.argv[4:]);s=b.bare(o);f=Path(sys.argv[2]);"
             "t=torch.randint(0,s.vocab_size,(o.batch,o.sequence+1));"
             "p=[] if sys.argv[3]=='cofire' else ['grouped_mm'];"
             "d=b.training_sides(s,f,t,'bf16',p);"
             "d={k:v for k,v in d.items() if k.startswith(sys.argv[3])};c=next(iter(d.values()));c();c();c();"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9)"
+            "hwm=[x for x in open('/proc/self/status') if x.startswith('VmHWM')];"  # ru_maxrss survives exec
+            "print(float(hwm[0].split()[1])*1024/1e9)"
         )
         words = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder), side, *options.words]
         done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -16,6 +16,8 @@ exception is a fault of ours and exits with code 1.
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class CofireError(Exception):
     """Base of every error that Cofire raises on purpose; the user can act on its message."""
@@ -38,7 +40,16 @@ class TrainError(CofireError):
 
 
 class ServeError(CofireError):
-    """A model cannot be loaded for generation, or a request cannot be served."""
+    """A model cannot be loaded for generation, or a request cannot be served.
+
+    Attributes:
+        reason: "invalid" where the request or the folder is at fault; "busy" where the same request may come again;
+            "stopped" where the server ends or has failed.
+    """
+
+    def __init__(self, message: str, reason: Literal["invalid", "busy", "stopped"] = "invalid") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class StorageError(CofireError):

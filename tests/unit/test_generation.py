@@ -8,8 +8,9 @@ from cofire.errors import ServeError
 from cofire.model import build
 from cofire.serve.batch import Batch
 from cofire.serve.cache import KVCache
-from cofire.serve.generation import TextStream, generate, load_tokenizer
+from cofire.serve.generation import generate
 from cofire.serve.sampling import SamplingParameters
+from cofire.serve.text import TextStream, load_tokenizer
 from cofire.spec import ModelSpec, load_as
 
 GREEDY = SamplingParameters(temperature=0.0, seed=0)

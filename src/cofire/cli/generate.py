@@ -23,6 +23,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws; the same seed gives the same text.")] = 0,
     speculative: Annotated[bool, typer.Option("--speculative", help="Draft with the model's MTP modules.")] = False,
     compare: Annotated[
@@ -33,14 +34,16 @@ def generate(
     """Generate text and print how fast it went."""
     from dataclasses import asdict
 
-    from cofire.model.weights import load_decoder
     from cofire.serve.generation import generate as run_generation
-    from cofire.serve.generation import load_tokenizer
+    from cofire.serve.loading import load
     from cofire.serve.sampling import SamplingParameters
 
     prompts = prompt or [""]
-    tokenizer, decoder = load_tokenizer(run), load_decoder(run)
-    parameters = [SamplingParameters(temperature=temperature, top_p=top_p, seed=seed + i) for i in range(len(prompts))]
+    parameters = [
+        SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed + i)
+        for i in range(len(prompts))
+    ]
+    tokenizer, decoder = load(run, slots_max=len(prompts))
 
     def show(_: int, text: str) -> None:
         sys.stdout.write(text)
@@ -65,6 +68,9 @@ def generate(
             sys.stdout.write(f"--- {start!r}\n{start}{text}\n")
     sys.stdout.write("\n")
     print_note(f"{sum(map(len, result.token_ids))} tokens, {result.tokens_per_s:,.1f} tokens/s decoding")
+    cut = [len(ids) for ids, why in zip(result.token_ids, result.finish_reasons, strict=True) if why == "length"]
+    if cut and min(cut) < max_tokens:
+        print_note(f"the model's {decoder.spec.max_sequence_length} tokens of context were full before --max-tokens")
     if result.acceptance is not None:
         print_note(f"drafts kept by the main model: {result.acceptance:.1%}")
     if plain is not None:

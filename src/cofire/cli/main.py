@@ -7,7 +7,6 @@ the keyboard; 1 a fault of ours, with the traceback in a file that the message n
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import tempfile
@@ -25,7 +24,7 @@ _STAGES = ("spec", "plan", "train", "report", "generate", "serve", "claims")
 # What an extra brings, by the module that a command misses first.
 _EXTRAS = {
     **dict.fromkeys(("torch", "tokenizers", "safetensors", "fsspec", "pyarrow", "matplotlib", "tensorboard"), "train"),
-    **dict.fromkeys(("fastapi", "uvicorn"), "serve"),
+    **dict.fromkeys(("fastapi", "uvicorn", "jinja2"), "serve"),
     "transformers": "interop",
 }
 
@@ -56,8 +55,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for stage in _STAGES:
-        if importlib.util.find_spec(f"cofire.cli.{stage}") is not None:
-            importlib.import_module(f"cofire.cli.{stage}").register(app)
+        importlib.import_module(f"cofire.cli.{stage}").register(app)
     return app
 
 

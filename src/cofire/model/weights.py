@@ -167,3 +167,25 @@ def load_decoder(
     except (SpecError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, dcp.CheckpointException) as error:
         raise ServeError(f"checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from None
     return decoder.to(device=device, dtype=dtype).eval()
+
+
+def load_spec(path: str | os.PathLike[str]) -> ModelSpec:
+    """Return the spec of the model that :func:`load_decoder` would load, without its weights.
+
+    Raises:
+        ServeError: There is no model, or its description cannot be read.
+    """
+    folder = Path(path)
+    found = newest_checkpoint(folder) if (folder / CHECKPOINTS).is_dir() else folder
+    try:
+        if found is not None and (found / MODEL_FILE).is_file():
+            return load_as(ModelSpec, found / MODEL_FILE)
+        if (folder / "config.json").is_file():
+            from cofire.model.huggingface import spec_from_config
+
+            return spec_from_config(json.loads((folder / "config.json").read_bytes()))
+    except (SpecError, OSError, ValueError) as error:
+        raise ServeError(f"{folder}: the model's description cannot be read: {str(error).splitlines()[0]}") from None
+    raise ServeError(
+        f"{folder} holds no model and no whole checkpoint; name a run, a checkpoint or a Hugging Face folder"
+    )

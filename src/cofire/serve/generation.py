@@ -1,16 +1,11 @@
-"""Text from prompts: tokenise, decode all prompts together, and hand out text as it becomes whole.
-
-Byte-level tokens may end in the middle of a UTF-8 character; such bytes are held back until the character is whole.
-"""
+"""Text from prompts: tokenise, decode all prompts together, and hand out text as it becomes whole."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -18,9 +13,7 @@ from cofire.errors import ServeError
 from cofire.model import Decoder
 from cofire.serve.batch import Batch
 from cofire.serve.sampling import SamplingParameters
-
-END_OF_TEXT = "<|endoftext|>"
-_REPLACEMENT = chr(0xFFFD)  # what a decoder puts for bytes that are no character
+from cofire.serve.text import TextOutput, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -40,70 +33,8 @@ class Generation:
     acceptance: float | None
 
 
-class TextStream:
-    """Turns the tokens of one sequence into text, piece by piece."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def feed(self, ids: Sequence[int], last: bool = False) -> str:
-        """Add tokens and return the text that is now certain; ``last`` gives out what is left."""
-        self._ids.extend(ids)
-        text = self._tokenizer.decode(self._ids)
-        end = len(text)
-        if not last:
-            end -= len(text) - len(text.rstrip(_REPLACEMENT))
-        new, self._shown = text[self._shown : end], max(end, self._shown)
-        return new
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Load ``tokenizer.json`` from a run, a checkpoint's run, or a Hugging Face folder.
-
-    Raises:
-        ServeError: There is none, or it cannot be read.
-    """
-    root = Path(folder)
-    for path in (root / "tokenizer.json", root.parent.parent / "tokenizer.json"):
-        if path.is_file():
-            try:
-                return Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises bare Exceptions
-                raise ServeError(f"{path} is no tokenizer: {str(error).splitlines()[0]}") from None
-    raise ServeError(f"{root} has no tokenizer.json; put the one that the model was trained with there")
-
-
-class _Output:
-    """The text of one prompt while it grows."""
-
-    def __init__(self, tokenizer: Tokenizer, room: int, show: Callable[[str], None]) -> None:
-        self.ids: list[int] = []
-        self.reason = "length"
-        self._room = room
-        self._end = tokenizer.token_to_id(END_OF_TEXT)
-        self._stream = TextStream(tokenizer)
-        self._show = show
-
-    def take(self, new: Sequence[int]) -> bool:
-        """Append tokens; return whether the text goes on."""
-        kept = list(new)[: self._room - len(self.ids)]
-        if self._end is not None and self._end in kept:
-            kept = kept[: kept.index(self._end)]
-            self.reason = "stop"
-        self.ids.extend(kept)
-        goes_on = self.reason != "stop" and len(self.ids) < self._room
-        text = self._stream.feed(kept, last=not goes_on)
-        if text:
-            self._show(text)
-        return goes_on
-
-
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str], limit: int) -> list[list[int]]:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    start = [] if end is None else [end]
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids or start for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not 0 < len(ids) < limit:
             raise ServeError(
@@ -140,11 +71,11 @@ def generate(
     batch = Batch(decoder, slots_max=len(prompts), speculative=speculative)
     show_piece = show or (lambda number, text: None)
     outputs = [
-        _Output(tokenizer, min(max_tokens, limit - len(ids)), partial(show_piece, number))
+        TextOutput(tokenizer, min(max_tokens, limit - len(ids)), partial(show_piece, number))
         for number, ids in enumerate(encoded)
     ]
     started = time.perf_counter()
-    in_slot: list[_Output] = []
+    in_slot: list[TextOutput] = []
     for output, ids, chosen in zip(outputs, encoded, parameters, strict=True):
         if output.take([batch.add(ids, chosen)]):
             in_slot.append(output)
@@ -160,7 +91,7 @@ def generate(
             in_slot.pop()
     seconds = time.perf_counter() - prompted
     return Generation(
-        texts=[tokenizer.decode(output.ids) for output in outputs],
+        texts=[output.text for output in outputs],
         token_ids=[output.ids for output in outputs],
         finish_reasons=[output.reason for output in outputs],
         prompt_seconds=prompted - started,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cofire.model.linear import linear
+from cofire.model.memory import available_memory_bytes as available_memory_bytes
 from cofire.train.atomic import replace_file
 
 _PEAK_SIZE = 2048
@@ -108,17 +109,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def available_memory_bytes(device: torch.device) -> float:
-    """Return the memory that can still be allocated; infinite where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 def recent_rate(tokens_per_step: int, seconds: list[float]) -> float:

@@ -19,18 +19,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cofire.errors import TrainError
+from cofire.model import special_tokens
+from cofire.model.special_tokens import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE_MIN = 257
-# What published tokenizers call the token that ends a document. DeepSeek's has full-width bars and U+2581.
-_END_OF_TEXT_NAMES = (
-    END_OF_TEXT,
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "</s>",
-    "<eos>",
-)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -96,16 +88,15 @@ def load_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends a document: 0 in ours, by its usual names in others.
+    """Return the id of the token that ends a document.
 
     Raises:
         TrainError: The tokenizer has none.
     """
-    for name in _END_OF_TEXT_NAMES:
-        token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return token_id
-    raise TrainError(f"the tokenizer has no end-of-text token; add {END_OF_TEXT} to its special tokens")
+    found = special_tokens.end_of_text_id(tokenizer)
+    if found is None:
+        raise TrainError(f"the tokenizer has no end-of-text token; add {END_OF_TEXT} to its special tokens")
+    return found
 
 
 def tokenizer_hash(text: str) -> str:
