@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from cofire.model import build, huggingface
+from cofire.model.memory import keep_freed_memory
 from cofire.plan import training_flops_per_token
 from cofire.serve.batch import Batch
 from cofire.serve.sampling import SamplingParameters
@@ -206,6 +207,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     torch.manual_seed(0)
+    keep_freed_memory()  # of the process: both sides profit
     full, spec = load_as(ModelSpec, options.model), bare(options)
     peaks = {name: measure_matrix_peak(torch.device("cpu"), dtype) for name, dtype in DTYPES.items()}
     notes = [f"matrix peak {name}: {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cofire.model import cross_entropy
 from cofire.model.cross_entropy import linear_cross_entropy
-from cofire.model.linear import Linear, grouped_linear, linear
+from cofire.model.linear import Linear, grouped_linear, linear, padded_rows
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -119,6 +119,34 @@ def test_grouped_products_equal_one_product_per_row(counts: list[int], dtype: to
         results.append((y.detach(), *(t.grad if t.grad is not None else zeros(t.shape) for t in (a, w))))
     for a, b in zip(*results, strict=True):
         assert_near(a, b, torch.bfloat16 if autocast else dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 15, 17, 31, 33, 65, 129]), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)  # fmt: skip
+def test_products_over_wider_windows_neither_leak_nor_lose_rows(counts: list[int], dtype: torch.dtype) -> None:
+    """Counts between two sizes make windows that reach into the next expert's rows, or back at the end."""
+    torch.manual_seed(len(counts))
+    x, weight = torch.randn(sum(counts), 16).to(dtype), torch.randn(len(counts), 8, 16).to(dtype)
+    coefficients = torch.randint(-4, 5, (sum(counts), 8)).double()
+    results = []
+    for function, kind in ((grouped_linear, dtype), (slow_grouped, torch.float64)):
+        a, w = (t.to(kind, copy=True).requires_grad_() for t in (x, weight))
+        y = function(a, w, torch.tensor(counts) if function is grouped_linear else counts)
+        (y.double() * coefficients).sum().backward()
+        results.append([y.detach(), *(torch.zeros(t.shape) if t.grad is None else t.grad for t in (a, w))])
+    for a, b in zip(*results, strict=True):
+        assert_near(a, b, dtype)
+
+
+@given(rows=st.integers(0, 10**6))
+def test_padded_rows_are_few_sizes_at_most_an_eighth_above(rows: int) -> None:
+    width = padded_rows(rows)
+    assert rows <= width <= rows * 9 / 8
+    assert padded_rows(width) == width
+    assert len({padded_rows(n) for n in range(1024, 2048)}) == 9  # eight per octave, and its upper end
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient_not_a_stale_one() -> None:

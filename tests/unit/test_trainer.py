@@ -99,7 +99,31 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     for name in ("step", "validation"):
         for a, b in zip(_events(tmp_path / "whole", name), _events(tmp_path / "parts", name), strict=True):
-            assert (a["step"], a.get("main_loss"), a.get("loss")) == (b["step"], b.get("main_loss"), b.get("loss"))
+            for key in ("step", "main_loss", "loss", "ema_loss"):
+                assert a.get(key) == b.get(key)
+
+
+def test_the_averaged_weights_are_validated_and_training_goes_on_with_its_own(tmp_path, corpus):
+    """Compared with a run without an average, and with the average formed by hand from every step's weights."""
+    run = _run(corpus, "ema_decay=0.5", "checkpoint.every_steps=1", "checkpoint.keep=10", "validate_every_steps=6")
+    fit(run, tmp_path / "averaged")
+    fit(_run(corpus), tmp_path / "plain")
+    own, plain = _state(tmp_path / "averaged"), _state(tmp_path / "plain")
+    assert all(torch.equal(own[name], plain[name]) for name in own)
+    decoder = build(run.model, seed=run.seed)
+    average = {name: value.detach().clone() for name, value in decoder.named_parameters()}
+    for step in range(1, 7):
+        state = load_decoder(tmp_path / "averaged" / "checkpoints" / f"step-{step:08d}").state_dict()
+        average = {name: 0.5 * value + 0.5 * state[name] for name, value in average.items()}
+    decoder.load_state_dict({**own, **average})  # selection biases are buffers: those of the last step
+    trainer = Trainer(run, tmp_path / "averaged", True, SilentView())
+    losses = [decoder.eval().loss(tokens) for tokens in trainer.validation]
+    trainer.close()
+    sizes = [tokens.shape[0] for tokens in trainer.validation]
+    by_hand = sum(n * loss.main_loss.item() for n, loss in zip(sizes, losses, strict=True)) / sum(sizes)
+    (event,) = _events(tmp_path / "averaged", "validation")
+    assert event["ema_loss"] == pytest.approx(by_hand, rel=1e-5)
+    assert event["ema_loss"] != event["loss"]
 
 
 def test_micro_batches_add_up_to_the_whole_batch_and_biases_move_once_per_step(tmp_path, corpus):

@@ -53,10 +53,12 @@ def _train(run, folder: Path, resume: bool, as_json: bool) -> None:
     from rich.table import Table
 
     from cofire.plan import estimate, note
+    from cofire.train.corpus import Corpus
     from cofire.train.trainer import check_folder, comparison, fit, result_dict
     from cofire.train.view import make_view
 
     check_folder(folder, run, resume)
+    Corpus(run.data.paths, run.data.text_field)  # a path that matches nothing is said before anything is printed
     plan = estimate(run)
     if not as_json:
         console(stderr=True).print(note(plan))

@@ -43,7 +43,7 @@ class LayerCache(Protocol):
         ...
 
     def read(self, length: int) -> Tensor:
-        """Return [B, length, C]: the entries at positions 0 to length - 1."""
+        """Return [B, S, C], S at least ``length``: the entries of the first S positions; finite where unwritten."""
         ...
 
 
@@ -128,6 +128,7 @@ class MLA(nn.Module):
     def _expanded(self, nope: Tensor, rope: Tensor, entries: Tensor, context: AttentionContext) -> Tensor:
         """Rebuild k^C and v^C of all S positions and attend (eq. 2, 5, 10, 11)."""
         spec = self.attention
+        entries = entries[:, : context.length]
         latent, rope_key = entries.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
         expanded = self.kv_up(latent).unflatten(-1, (spec.num_heads, -1))
         nope_key, value = expanded.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
@@ -150,7 +151,10 @@ class MLA(nn.Module):
         if context.causal and queries > 1:
             visible = context.positions.unsqueeze(2) >= context.positions.unsqueeze(1)
         if visible is not None:
-            scores = scores.masked_fill(~visible.repeat_interleave(spec.num_heads, dim=1), float("-inf"))
+            hidden = ~visible.repeat_interleave(spec.num_heads, dim=1)
+            scores[..., : context.length].masked_fill_(hidden, float("-inf"))
+        if scores.shape[-1] > context.length:
+            scores[..., context.length :] = float("-inf")
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(entries.dtype)
         mixed = torch.bmm(weights, entries[..., : spec.kv_lora_rank])  # [B, T*H, kv_lora_rank]
         mixed = mixed.view(batch * queries, spec.num_heads, -1).transpose(0, 1)
@@ -183,7 +187,11 @@ class GQA(nn.Module):
         if cache is not None:
             cache.write(torch.cat((key.flatten(2), value.flatten(2)), dim=-1), context.positions)
             if not context.causal:
-                both = cache.read(context.length).to(x.dtype).unflatten(-1, (2, spec.num_key_value_heads, -1))
+                both = (
+                    cache.read(context.length)[:, : context.length]
+                    .to(x.dtype)
+                    .unflatten(-1, (2, spec.num_key_value_heads, -1))
+                )
                 key, value = both.unbind(2)
         groups = spec.num_heads // spec.num_key_value_heads
         if groups > 1:

@@ -9,10 +9,15 @@ Grouped products multiply the rows of each expert with that expert's matrix. ``g
 ``torch.nn.functional.grouped_mm`` for 16-bit types on an accelerator. Everywhere else it makes one product
 per expert that has rows, inside a single autograd node: on a CPU ``grouped_mm`` is the same loop, costs more
 per expert and fails for an expanded gradient.
+
+oneDNN compiles a kernel for each shape that it meets and keeps the last 1,024. Compiling costs five to ten
+times what one of our products takes, and routing gives every expert a new number of rows in every step, so
+the products per expert run over ``padded_rows``: a few shapes for all counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -135,26 +140,63 @@ class _PerExpertLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _per_expert(grad, weight.transpose(1, 2), counts)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-            for e, (rows, inputs) in enumerate(zip(grad.split(counts), x.split(counts), strict=True)):
-                if not counts[e]:
-                    grad_weight[e].zero_()
-                elif _takes_onednn(rows, inputs):
-                    grad_weight[e] = weight_gradient(rows, inputs)
-                else:
-                    torch.mm(rows.t(), inputs, out=grad_weight[e])
+            grad_weight = _per_expert_weight_gradient(grad, x, counts)
         return grad_x, grad_weight, None
+
+
+def padded_rows(rows: int) -> int:
+    """Return the rows over which a product of so many rows runs: up to an eighth more, eight sizes per octave."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+def _windows(counts: list[int], total: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (expert, first, rows, begin, width): its rows, and the wider window over which its product runs.
+
+    A window reaches into the next experts' rows, or, at the end, begins in those before.
+    """
+    first = 0
+    for e, rows in enumerate(counts):
+        if rows:
+            width = min(padded_rows(rows), total)
+            yield e, first, rows, min(first, total - width), width
+        first += rows
 
 
 def _per_expert(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """Return [M, O] for rows ``x`` [M, I] sorted by expert and ``weight`` [E, O, I], without autograd."""
-    if _takes_onednn(x, weight):
-        return torch.cat([_product(rows, weight[e]) for e, rows in enumerate(x.split(counts)) if counts[e]])
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    for e, (rows, out) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
-        if counts[e]:
-            torch.mm(rows, weight[e].t(), out=out)
+    total = x.shape[0]
+    y = x.new_empty(total, weight.shape[1])
+    direct = not _takes_onednn(x, weight)
+    for e, first, rows, begin, width in _windows(counts, total):
+        inputs = x[begin : begin + width]
+        if direct and begin == first:  # what it writes of the next experts is written over when they come
+            torch.mm(inputs, weight[e].t(), out=y[begin : begin + width])
+        else:
+            y[first : first + rows] = _product(inputs, weight[e])[first - begin :][:rows]
     return y
+
+
+def _per_expert_weight_gradient(grad: Tensor, x: Tensor, counts: list[int]) -> Tensor:
+    """Return [E, O, I] for ``grad`` [M, O] and ``x`` [M, I], rows sorted by expert, without autograd."""
+    grad_weight = grad.new_empty(len(counts), grad.shape[1], x.shape[1])
+    total = x.shape[0]
+    scratch = grad.new_empty(min(padded_rows(max(counts, default=0)), total), grad.shape[1])
+    for e, rows in enumerate(counts):
+        if not rows:
+            grad_weight[e].zero_()
+    for e, first, rows, begin, width in _windows(counts, total):
+        own = scratch[:width]  # the gradient of its own rows and zeros for the rest of the window
+        place = first - begin
+        own[:place].zero_()
+        own[place : place + rows] = grad[first : first + rows]
+        own[place + rows :].zero_()
+        inputs = x[begin : begin + width]
+        if _takes_onednn(own, inputs):
+            grad_weight[e] = weight_gradient(own, inputs)
+        else:
+            torch.mm(own.t(), inputs, out=grad_weight[e])
+    return grad_weight
 
 
 class _DenseGradient(torch.autograd.Function):

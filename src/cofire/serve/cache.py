@@ -6,7 +6,8 @@ The active sequences lie in slots 0 to B - 1, so what a layer reads is a view: w
 one moves into its slot. Slots and capacity double when they run out, up to their limits.
 
 An entry is overwritten in place when its position is written again. That is all that rejected drafts need: a query
-at position p sees positions up to p, and every one of them is written before such a query runs.
+at position p sees positions up to p, and every one of them is written before such a query runs. Positions not yet
+written hold zeros or an earlier sequence's entries: finite numbers, which a weight of zero cancels.
 
 Left out: pages shared between sequences with a common prefix, and eviction to slower memory.
 """
@@ -20,6 +21,10 @@ from cofire.errors import ServeError
 from cofire.spec import ModelSpec
 
 _CAPACITY_FIRST = 128
+
+# oneDNN compiles a kernel for each new shape, which costs more than a decoding step's product (measured:
+# docs/lab/LOG.md): what is read grows in steps of so many positions.
+_READ_STEP = 64
 
 
 class _Rows:
@@ -52,8 +57,8 @@ class LayerView:
         self._flat.index_copy_(0, self._rows.of(positions), entries.flatten(0, 1).to(self._flat.dtype))
 
     def read(self, length: int) -> Tensor:
-        """Return [B, length, C], a view of positions 0 to length - 1."""
-        return self._entries[:, :length]
+        """Return [B, S, C], a view of positions 0 to S - 1: ``length``, or up to the next multiple of 64."""
+        return self._entries[:, : -(-length // _READ_STEP) * _READ_STEP]
 
 
 class KVCache:

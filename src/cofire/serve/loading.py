@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from cofire.errors import ServeError
 from cofire.model import Decoder
-from cofire.model.memory import available_memory_bytes
+from cofire.model.memory import available_memory_bytes, keep_freed_memory
 from cofire.model.weights import load_decoder, load_spec
 from cofire.plan import count_parameters, kv_bytes_per_token
 from cofire.serve.text import load_tokenizer
@@ -48,4 +48,5 @@ def load(
             f"{slots_max} x {context} tokens (modelled), but {free / 1e9:,.2f} GB are free on {device}; take a shorter "
             "context, fewer sequences or bf16"
         )
+    keep_freed_memory()
     return tokenizer, load_decoder(folder, dtype=dtype, device=device)

@@ -85,7 +85,6 @@ def figures(record: RunRecord) -> list[Figure]:
         _global_violation(record),
         _expert_load(record),
         _mtp_loss(record),
-        _mtp_acceptance(record),
         _tokens_per_second(record),
         _mfu(record),
         _learning_rate(record),
@@ -109,6 +108,7 @@ def _loss(record: RunRecord) -> Chart | None:
     curves = [
         *_raw_and_mean(record.steps, _training_loss, "training", "blue"),
         *_points(record.validations, "loss", "validation", "orange"),
+        *_points(record.validations, "ema_loss", "validation, averaged weights", "green"),
     ]
     entropy = number(record.start, "unigram_entropy_nats")
     levels = () if entropy is None else (Level("unigram entropy", entropy),)
@@ -224,12 +224,6 @@ def _mtp_loss(record: RunRecord) -> Chart | None:
     text = "Loss of the multi-token-prediction modules beside the main model's, running mean."
     drawn = [curve for curve in curves if curve.role == "main"]
     return _chart("mtp_loss", "Multi-token prediction", "Loss by distance", "nats per token", text, drawn)
-
-
-def _mtp_acceptance(record: RunRecord) -> Chart | None:
-    curves = _points(record.validations, "mtp_acceptance", "acceptance", "magenta")
-    text = "How often the module's greedy guess of the token after next is the main model's own: the gain of drafting."
-    return _chart("mtp_acceptance", "Multi-token prediction", "Draft acceptance", "fraction", text, curves)
 
 
 # -- speed and optimiser -----------------------------------------------------------------------------

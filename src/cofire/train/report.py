@@ -118,8 +118,8 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     if summary.max_violation is not None:
         floor = f"even routing: {summary.max_violation_floor:.2f}; " if summary.max_violation_floor is not None else ""
         tiles.append(("MaxVio", f"{summary.max_violation:.2f}", f"{floor}{summary.max_violation_scope}"))
-    if summary.mtp_acceptance is not None:
-        tiles.append(("MTP acceptance", f"{summary.mtp_acceptance:.0%}", "of drafted tokens"))
+    if summary.ema_loss is not None:
+        tiles.append(("Loss of averaged weights", f"{summary.ema_loss:.3f}", "nats per token, validation"))
     if summary.tokens_per_s is not None:
         mfu = "" if summary.mfu is None else f"{summary.mfu:.0%} of the matrix peak"
         tiles.append(("Tokens per second", f"{summary.tokens_per_s:,.0f}", mfu))

@@ -44,7 +44,7 @@ _NUMBERS = frozenset(
         "bytes_per_token",
         "train_tokens",
         "validation_tokens",
-        "mtp_acceptance",
+        "ema_loss",
         "peak_memory_bytes",
     ]
 )

@@ -41,7 +41,7 @@ class Summary:
     max_violation: float | None
     max_violation_floor: float | None
     max_violation_scope: str
-    mtp_acceptance: float | None
+    ema_loss: float | None
     tokens_per_s: float | None
     step_time_s: float | None
     mfu: float | None
@@ -73,7 +73,7 @@ def summarise(record: RunRecord) -> Summary:
         max_violation=violation,
         max_violation_floor=floor,
         max_violation_scope=scope,
-        mtp_acceptance=number(final, "mtp_acceptance"),
+        ema_loss=number(final, "ema_loss"),
         tokens_per_s=speed,
         step_time_s=tokens_per_step / speed if speed else None,
         mfu=_median(number(event, "mfu") for event in record.steps),

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 from cofire.errors import TrainError
 from cofire.model import build
 from cofire.model.balance import max_violation, update_biases
+from cofire.model.memory import keep_freed_memory
 from cofire.plan import Plan, estimate
 from cofire.spec import RunSpec, diff, dump, load_as
 from cofire.spec.units import format_quantity
@@ -127,6 +129,7 @@ class Trainer:
     def __init__(self, run: RunSpec, folder: Path, resume: bool, view: View) -> None:
         self.run, self.folder, self.view = run, folder, view
         self.device = _device(run.device)
+        keep_freed_memory()
         self.plan = estimate(run)
         self._check_memory()
         self.data = self._prepare()
@@ -279,8 +282,9 @@ class Trainer:
         rate = learning_rate(self.run.schedule, self.run.optimizer.learning_rate, self.step + 1, self.run.steps)
         if not bool(torch.isfinite(norm)):
             raise TrainError(
-                f"the gradient of step {self.step + 1} is not finite; lower optimizer.learning_rate "
-                f"(now {self.run.optimizer.learning_rate:g}) and --resume from the last checkpoint into a new --out"
+                f"the gradient of step {self.step + 1} is not finite; start again in a new --out with a lower "
+                f"optimizer.learning_rate (now {self.run.optimizer.learning_rate:g}) or more schedule.warmup_steps "
+                f"(now {self.run.schedule.warmup_steps})"
             )
         self.optimizer.step(rate)
         self.optimizer.zero_grad()
@@ -339,13 +343,32 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        decay = self.run.ema_decay
-        if decay is not None:
+        if self.run.ema_decay is not None:
+            weights = [p.detach().to("cpu", torch.float32) for p in self.decoder.parameters()]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.run.ema_decay)
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Let the decoder have the moving average of its weights for a while."""
+        own = {name: parameter.data for name, parameter in self.decoder.named_parameters()}
+        try:
             for name, parameter in self.decoder.named_parameters():
-                self.ema[name].lerp_(parameter.detach().to("cpu", torch.float32), 1 - decay)
+                parameter.data = self.ema[name].to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self.decoder.named_parameters():
+                parameter.data = own[name]
+
+    def _validate(self) -> None:
+        found = self._validation_losses()
+        if self.run.ema_decay is not None:
+            with self._averaged_weights():
+                found["ema_loss"] = self._validation_losses()["loss"]
+        self.last_validation = found
+        self.log.write("validation", step=self.step, time_s=self.seconds, **found)
 
     @torch.no_grad()
-    def _validate(self) -> None:
+    def _validation_losses(self) -> dict[str, Any]:
         losses, mtp_losses, counts, weights = [], [], [], []
         self.decoder.eval()
         for tokens in self.validation:
@@ -358,16 +381,15 @@ class Trainer:
         self.decoder.train()
         total = sum(weights)
         loss = sum(w * value for w, value in zip(weights, losses, strict=True)) / total
-        self.last_validation = {
+        return {
             "loss": loss,
-            "bits_per_byte": loss / self.data.bytes_per_token / 0.6931471805599453,
+            "bits_per_byte": loss / self.data.bytes_per_token / math.log(2),
             "max_violation_global": max_violation(torch.stack(counts).sum(0)).tolist(),
             "mtp_losses": [
                 sum(w * value for w, value in zip(weights, column, strict=True)) / total
                 for column in zip(*mtp_losses, strict=True)
             ],
         }
-        self.log.write("validation", step=self.step, time_s=self.seconds, **self.last_validation)
 
     # -- state ----------------------------------------------------------------------------------------
 
