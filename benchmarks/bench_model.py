@@ -2,8 +2,8 @@
 
 Both sides have the same weights (written by cofire.model.huggingface, loaded by transformers) and see the same tokens;
 before anything is timed their logits are compared. MTP is off on both sides; our cost with MTP is a row of its own.
-Sides take turns within each repeat, so that a slow moment of the machine hits both. Figures are medians with the
-interquartile range.
+Sides take turns within each repeat, so that a slow moment of the machine hits both; the first call of a turn is
+not timed. Figures are medians with the interquartile range.
 
     training   forward, backward and AdamW (torch's fused one on both sides) over batch x sequence tokens
     decoding   greedy, with --context tokens in the cache before the clock starts
@@ -134,6 +134,7 @@ def interleave(sides: dict[str, Callable[[], Any]], repeats: int, per_repeat: in
             del sides[name]
     for _ in range(repeats):
         for name, call in sides.items():
+            call()  # not timed: the other sides have taken the caches, that of compiled kernels too
             start = time.perf_counter()
             for _ in range(per_repeat):
                 call()
@@ -223,7 +224,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
             sides = training_sides(full, folder, tokens, dtype, peers)
             if options.batch * options.sequence > 1024:
                 sides.pop("transformers batched_mm")  # it copies an expert's weights for every token: tens of GB
-            table = rows(f"training {dtype}", options.batch * options.sequence, interleave(sides, options.repeats, 1))
+            table = rows(f"training {dtype}", options.batch * options.sequence, interleave(sides, options.repeats, 2))
             for row in table:
                 with_mtp = row["side"].endswith("MTP")
                 flops = training_flops_per_token(full if with_mtp else spec, options.sequence).total
