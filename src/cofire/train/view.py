@@ -122,7 +122,9 @@ def one_line(progress: Progress) -> str:
     parts += [f"{progress.tokens_per_s:,.0f} tokens/s", f"MFU {progress.mfu:.1%}"]
     if progress.max_violation:
         parts.append(f"MaxVio {statistics.fmean(progress.max_violation):.2f}")
-    return ", ".join([*parts, f"{format_duration(progress.seconds_left)} left"])
+    if progress.step < progress.steps:
+        parts.append(f"{format_duration(progress.seconds_left)} left")
+    return ", ".join(parts)
 
 
 def panel(progress: Progress) -> RenderableType:
