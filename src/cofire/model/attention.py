@@ -146,7 +146,8 @@ class MLA(nn.Module):
         by_head = torch.bmm(nope.flatten(0, 1).transpose(0, 1), key_up)  # [H, B*T, kv_lora_rank]
         latent_query = by_head.transpose(0, 1).unflatten(0, (batch, queries))
         query = torch.cat((latent_query, rope), dim=-1).flatten(1, 2)  # [B, T*H, C]
-        scores = torch.bmm(query, entries.transpose(1, 2)) * self.scale
+        # In this order the entries lie as the product wants them; in the other one BF16 would copy all of them.
+        scores = torch.bmm(entries, query.transpose(1, 2)).transpose(1, 2).contiguous() * self.scale
         visible = context.visible
         if context.causal and queries > 1:
             visible = context.positions.unsqueeze(2) >= context.positions.unsqueeze(1)
@@ -156,8 +157,8 @@ class MLA(nn.Module):
         if scores.shape[-1] > context.length:
             scores[..., context.length :] = float("-inf")
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(entries.dtype)
-        mixed = torch.bmm(weights, entries[..., : spec.kv_lora_rank])  # [B, T*H, kv_lora_rank]
-        mixed = mixed.view(batch * queries, spec.num_heads, -1).transpose(0, 1)
+        mixed = torch.bmm(weights, entries)[..., : spec.kv_lora_rank]  # [B, T*H, kv_lora_rank]; the keys for nothing
+        mixed = mixed.unflatten(1, (queries, spec.num_heads)).flatten(0, 1).transpose(0, 1)
         y = torch.bmm(mixed, value_up.transpose(1, 2))  # [H, B*T, v]
         return y.transpose(0, 1).reshape(batch, queries, -1)
 

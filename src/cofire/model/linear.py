@@ -165,15 +165,15 @@ def _windows(counts: list[int], total: int) -> Iterator[tuple[int, int, int, int
 
 def _per_expert(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """Return [M, O] for rows ``x`` [M, I] sorted by expert and ``weight`` [E, O, I], without autograd."""
-    total = x.shape[0]
+    total, matrices = x.shape[0], weight.unbind(0)
     y = x.new_empty(total, weight.shape[1])
-    direct = not _takes_onednn(x, weight)
     for e, first, rows, begin, width in _windows(counts, total):
         inputs = x[begin : begin + width]
-        if direct and begin == first:  # what it writes of the next experts is written over when they come
-            torch.mm(inputs, weight[e].t(), out=y[begin : begin + width])
+        if begin == first and not _takes_onednn(inputs, matrices[e]):
+            # What it writes of the next experts' rows is written over when they come.
+            torch.mm(inputs, matrices[e].t(), out=y[begin : begin + width])
         else:
-            y[first : first + rows] = _product(inputs, weight[e])[first - begin :][:rows]
+            y[first : first + rows] = _product(inputs, matrices[e])[first - begin : first - begin + rows]
     return y
 
 
