@@ -238,7 +238,7 @@ def message(folder: Path, vocab_size: int = VOCAB, **fields) -> str:
 
 def test_an_empty_corpus_is_refused(tmp_path):
     write_corpus(tmp_path, ["", ""])
-    assert message(tmp_path) == "data.paths: the 1 files hold no text; name files that do"
+    assert message(tmp_path) == "data.paths: none of the files found (1) holds text; name files that do"
 
 
 def test_a_corpus_of_one_letter_is_refused(tmp_path):

@@ -224,7 +224,7 @@ def scan_corpus(corpus: Corpus, validation_fraction: float, progress: Progress) 
         progress("read", done / max(1, corpus.size))
     progress("read", 1.0)
     if not keys:
-        raise TrainError(f"data.paths: no file of the {len(corpus.files)} found holds text; name files that do")
+        raise TrainError(f"data.paths: none of the files found ({len(corpus.files)}) holds text; name files that do")
     split = choose_split(np.array(keys, np.uint64), np.array(sizes, np.int64), validation_fraction)
     return CorpusScan(whole.hexdigest(), len(keys), sum(sizes), split)
 
