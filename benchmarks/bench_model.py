@@ -38,6 +38,7 @@ from cofire.serve.sampling import SamplingParameters
 from cofire.spec import ModelSpec, load_as
 from cofire.train.metrics import measure_matrix_peak
 
+_DECODE_STEPS = 30  # of a turn: text is decoded in a row, so one cold step must not weigh a tenth
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -235,7 +236,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
                 print(f"decoding, {dtype}, batch {batch}", file=sys.stderr)
                 prompts = torch.randint(0, spec.vocab_size, (batch, options.context))
                 sides = decoding_sides(folder, prompts, dtype, ["eager", "grouped_mm", "batched_mm"])
-                found += rows(f"decoding {dtype}, batch {batch}", batch, interleave(sides, options.repeats, 10))
+                found += rows(f"decoding {dtype}, batch {batch}", batch, interleave(sides, options.repeats, _DECODE_STEPS))
         if not options.skip_memory:
             for side, size in peak_memory(options, folder).items():
                 notes.append(f"peak resident memory of bf16 training, {side}: {size:.2f} GB")
