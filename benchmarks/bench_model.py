@@ -236,7 +236,8 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
                 print(f"decoding, {dtype}, batch {batch}", file=sys.stderr)
                 prompts = torch.randint(0, spec.vocab_size, (batch, options.context))
                 sides = decoding_sides(folder, prompts, dtype, ["eager", "grouped_mm", "batched_mm"])
-                found += rows(f"decoding {dtype}, batch {batch}", batch, interleave(sides, options.repeats, _DECODE_STEPS))
+                seconds = interleave(sides, options.repeats, _DECODE_STEPS)
+                found += rows(f"decoding {dtype}, batch {batch}", batch, seconds)
         if not options.skip_memory:
             for side, size in peak_memory(options, folder).items():
                 notes.append(f"peak resident memory of bf16 training, {side}: {size:.2f} GB")
