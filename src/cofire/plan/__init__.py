@@ -16,10 +16,14 @@ from cofire.plan.inference import ExpertParallelLimit, expert_parallel_limit, mt
 from cofire.plan.kv_cache import KVCacheSize, expanded_kv_bytes_per_token, kv_bytes_per_token, kv_cache_size
 from cofire.plan.memory import InferenceMemory, MemoryEstimate, activation_parts, inference_memory, training_memory
 from cofire.plan.parameters import MTPParameterCount, ParameterCount, count_parameters
+from cofire.plan.pipeline import SCHEDULES, Schedule, make_schedule
 from cofire.plan.report import Plan, RunCost, note
+from cofire.plan.timeline import ChunkTimes, Timeline, bubble_formula_s, simulate, trace_events
 
 __all__ = [
+    "SCHEDULES",
     "Bounds",
+    "ChunkTimes",
     "DecodeBound",
     "DecodeFlops",
     "ExpertParallelLimit",
@@ -30,9 +34,12 @@ __all__ = [
     "ParameterCount",
     "Plan",
     "RunCost",
+    "Schedule",
+    "Timeline",
     "TrainingBound",
     "TrainingFlops",
     "activation_parts",
+    "bubble_formula_s",
     "count_parameters",
     "decode_attention_flops_per_layer",
     "decode_core_intensity",
@@ -47,9 +54,12 @@ __all__ = [
     "inference_memory",
     "kv_bytes_per_token",
     "kv_cache_size",
+    "make_schedule",
     "mtp_speed_up",
     "note",
     "run_workload",
+    "simulate",
+    "trace_events",
     "training_flops_per_token",
     "training_memory",
 ]

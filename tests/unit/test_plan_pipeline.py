@@ -1,0 +1,175 @@
+"""Pipeline schedules and their simulation: against the papers' formulas, published rows and invariants."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cofire.errors import PlanError
+from cofire.plan.pipeline import SCHEDULES, Schedule, make_schedule
+from cofire.plan.timeline import ChunkTimes, bubble_formula_s, simulate, trace_events
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    ranks, stages = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    if name == "dualpipe":
+        ranks = 2 * draw(st.integers(1, 4))
+    micro = {
+        "interleaved": ranks * draw(st.integers(1, 4)),
+        "dualpipe": 2 * ranks + 2 * draw(st.integers(0, 5)),
+        "dualpipev": 2 * ranks + draw(st.integers(0, 5)),
+    }.get(name, draw(st.integers(1, 20)))
+    return make_schedule(name, ranks, micro, stages)
+
+
+times = st.builds(
+    lambda f, i, w, share, transfer: ChunkTimes(f, i + w, w, max(f, i + w) + share * min(f, i + w), transfer),
+    st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0, 2), st.floats(0, 1), st.sampled_from([0.0, 0.25]),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedules())
+def test_every_chunk_runs_once_on_its_own_rank_and_weight_gradients_are_complete(schedule: Schedule) -> None:
+    seen = Counter(chunk for order in schedule.slots for slot in order for chunk in slot)
+    assert set(seen.values()) == {1}
+    forward = {chunk for chunk in seen if chunk.part == "F"}
+    backward = {chunk._replace(part="F") for chunk in seen if chunk.part in "BI"}
+    assert forward == backward
+    assert sum(chunk.part in "BI" for chunk in seen) == len(forward)
+    split = {chunk._replace(part="W") for chunk in seen if chunk.part == "I"}
+    assert split == {chunk for chunk in seen if chunk.part == "W"}
+    for rank, order in enumerate(schedule.slots):
+        assert all(schedule.ranks[chunk.way][chunk.stage] == rank for slot in order for chunk in slot)
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedules(), times)
+def test_no_rank_does_two_things_at_once_and_nothing_starts_before_what_it_needs(
+    schedule: Schedule, each: ChunkTimes
+) -> None:
+    timeline = simulate(schedule, each)
+    ends = {chunk: span.end_s for span in timeline.spans for chunk in span.slot}
+    starts = {chunk: (span.start_s, span.rank) for span in timeline.spans for chunk in span.slot}
+    free = [0.0] * schedule.num_ranks
+    for span in timeline.spans:
+        assert span.start_s >= free[span.rank]
+        free[span.rank] = span.end_s
+
+    def end_of_backward(chunk) -> float:
+        return ends.get(chunk._replace(part="B"), ends.get(chunk._replace(part="I"), float("nan")))
+
+    for chunk, (start, rank) in starts.items():
+        if chunk.part == "W":
+            assert start >= end_of_backward(chunk)
+            continue
+        near = chunk.stage + (-1 if chunk.part == "F" else 1)
+        stages = schedule.ranks[chunk.way]
+        if 0 <= near < len(stages):
+            other = chunk._replace(stage=near)
+            end = ends[other] if chunk.part == "F" else end_of_backward(other)
+            assert start >= end + (each.transfer_s if stages[near] != rank else 0)
+        if chunk.part in "BI":
+            assert start >= ends[chunk._replace(part="F")]
+    assert timeline.makespan_s == max(free)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("each", [ChunkTimes(1, 2), ChunkTimes(1, 1), ChunkTimes(3, 1)])
+def test_1f1b_and_interleaving_have_their_formulas_bubble(ranks: int, each: ChunkTimes) -> None:
+    for name, stages in (("1f1b", 1), ("interleaved", 2), ("interleaved", 3)):
+        schedule = make_schedule(name, ranks, 3 * ranks, stages)
+        assert simulate(schedule, each).bubble_s == pytest.approx([bubble_formula_s(schedule, each)] * ranks)
+
+
+def test_interleaving_of_one_stage_is_1f1b_with_more_in_flight() -> None:
+    one, other = make_schedule("interleaved", 4, 8, 1), make_schedule("1f1b", 4, 8)
+    assert simulate(one, ChunkTimes(1, 2)).makespan_s == simulate(other, ChunkTimes(1, 2)).makespan_s
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plain", "split", "dual"), [(4, 9, 3, 2), (8, 21, 7, 6), (16, 45, 15, 14), (32, 93, 31, 30)]
+)
+def test_the_bubble_table_of_deepseek_v3_is_simulated_and_computed(
+    ranks: int, plain: int, split: int, dual: int
+) -> None:
+    """A.7: F, B, W, F&B = 1, 2, 1, 3."""
+    each = ChunkTimes(1, 2, 1, 3)
+    for name, bubble in (("1f1b", plain), ("zb1p", split), ("dualpipe", dual)):
+        schedule = make_schedule(name, ranks, 3 * ranks)
+        assert bubble_formula_s(schedule, each) == bubble
+        assert max(simulate(schedule, each).bubble_s) == bubble, name
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "micro", "each", "makespan", "bubble", "peak"),
+    [
+        ("dualpipe", 8, 20, ChunkTimes(1, 2, 1, 3), 66, 6, 9),
+        ("dualpipe", 8, 32, ChunkTimes(1, 2, 1, 3), 102, 6, 9),
+        ("dualpipe", 8, 16, ChunkTimes(1, 2, 1, 3), 54, 6, 9),
+        ("dualpipe", 4, 10, ChunkTimes(1, 2, 1, 3), 32, 2, 5),
+        ("dualpipe", 16, 64, ChunkTimes(1, 2, 1, 3), 206, 14, 17),
+        ("dualpipe", 2, 8, ChunkTimes(1, 2, 1, 3), 24, 0, 3),
+        ("dualpipe", 8, 20, ChunkTimes(1, 1.5, 0.5, 2.5), 57.5, 7.5, 9),
+        ("dualpipe", 8, 20, ChunkTimes(1, 2, 0.5, 3), 69.5, 9.5, 9),
+        ("dualpipe", 8, 20, ChunkTimes(1.5, 2, 1, 3.5), 79, 9, 9),
+        ("dualpipev", 4, 10, ChunkTimes(1, 2, 1, 3), 66, 6, 9),
+        ("1f1b", 8, 20, ChunkTimes(1, 2, 1, 3), 81, 21, 8),
+    ],
+)
+def test_simulated_schedules_have_the_published_makespans(
+    name: str, ranks: int, micro: int, each: ChunkTimes, makespan: float, bubble: float, peak: int
+) -> None:
+    timeline = simulate(make_schedule(name, ranks, micro), each)
+    assert timeline.makespan_s == pytest.approx(makespan)
+    assert max(timeline.bubble_s) == pytest.approx(bubble)
+    assert max(timeline.peak_activations) == peak
+
+
+def test_1f1b_holds_one_activation_less_on_each_rank() -> None:
+    assert simulate(make_schedule("1f1b", 8, 20), ChunkTimes(1, 2)).peak_activations == (8, 7, 6, 5, 4, 3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"), [("1f1b", 1), ("interleaved", 3), ("zb1p", 1), ("dualpipe", 2), ("dualpipev", 2)]
+)
+def test_a_rank_holds_as_many_stages_as_the_schedule_copies(name: str, stages: int) -> None:
+    assert make_schedule(name, 4, 12, 3).stages_per_rank == stages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpipe", 4, 8), "known are 1f1b"),
+        (("interleaved", 4, 10), "nearest: 8"),
+        (("dualpipe", 3, 8), "nearest: 4 ranks, 8 micro-batches"),
+        (("dualpipe", 4, 6), "nearest: 4 ranks, 8 micro-batches"),
+        (("dualpipev", 4, 7), "nearest: 8"),
+        (("1f1b", 0, 7), "at least 1"),
+    ],
+)
+def test_numbers_that_a_schedule_cannot_take_name_the_nearest_that_it_can(arguments: tuple, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_schedule(*arguments)
+
+
+def test_a_schedule_that_waits_for_ever_is_an_error() -> None:
+    schedule = make_schedule("1f1b", 2, 2)
+    reversed_slots = (schedule.slots[0][::-1], schedule.slots[1])
+    with pytest.raises(PlanError, match="waits for ever"):
+        simulate(Schedule("1f1b", schedule.ranks, reversed_slots), ChunkTimes(1, 2))
+
+
+def test_the_trace_has_every_slot_in_microseconds() -> None:
+    timeline = simulate(make_schedule("dualpipe", 4, 10), ChunkTimes(1e-3, 2e-3, 1e-3, 3e-3))
+    events = json.loads(json.dumps(trace_events(timeline)))
+    spans = [event for event in events if event["ph"] == "X"]
+    assert len(spans) == len(timeline.spans)
+    assert max(event["ts"] + event["dur"] for event in spans) == pytest.approx(timeline.makespan_s * 1e6)
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {f"rank {r}" for r in range(4)}
