@@ -112,6 +112,9 @@ def test_commands_in_the_documents_exist_with_these_options():
             name = f"{name} {word}"
         if name == "cofire claims run":
             continue
+        default = getattr(commands[name], "default_command", None)
+        if default is not None and not {"-h", "--help"} & set(words):
+            name = f"{name} {default}"
         known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert name != "cofire" or used, f"{where}: {line}: no such command"

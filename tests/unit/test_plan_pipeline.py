@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cofire.cli.main import main
 from cofire.errors import PlanError
 from cofire.plan.pipeline import SCHEDULES, Schedule, make_schedule
 from cofire.plan.timeline import ChunkTimes, bubble_formula_s, simulate, trace_events
@@ -164,6 +166,46 @@ def test_a_schedule_that_waits_for_ever_is_an_error() -> None:
     reversed_slots = (schedule.slots[0][::-1], schedule.slots[1])
     with pytest.raises(PlanError, match="waits for ever"):
         simulate(Schedule("1f1b", schedule.ranks, reversed_slots), ChunkTimes(1, 2))
+
+
+def test_a_comparison_gives_every_rank_the_same_work_and_says_what_does_not_fit(capsys) -> None:
+    assert main(["plan", "pipeline", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(SCHEDULES)
+    assert "nearest: 16" in rows.pop("interleaved")["unfit"]
+    assert all(row["makespan_s"] - row["bubble_s"] == pytest.approx(20 * 3) for row in rows.values())
+    assert rows["dualpipe"]["bubble_s"] == 6
+    assert rows["dualpipe"]["formula_s"] == 6
+
+
+def test_the_command_draws_a_schedule_and_writes_its_trace(capsys, tmp_path) -> None:
+    words = ["plan", "pipeline", "1f1b", "--set", "num_ranks=2", "--set", "num_micro_batches=2"]
+    assert main([*words, "--trace", str(tmp_path / "trace.json")]) == 0
+    rows = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("rank")]
+    assert [re.sub(r"(.)\1*", r"\1", row) for row in rows] == ["F.B.B", ".FBFB."]
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["gpipe"], "known are 1f1b"),
+        (["--set", "num_rank=3"], "nearest: num_ranks"),
+        (["--set", "weight_s=9"], "weight_s = 9"),
+        (["dualpipe", "--set", "num_ranks=3"], "nearest: 4 ranks"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], line: str, capsys) -> None:
+    assert main(["plan", "pipeline", *words]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_models_name_alone_is_the_command_model(capsys) -> None:
+    outputs = []
+    for words in (["plan", "tiny", "--json"], ["plan", "--json", "tiny"], ["plan", "model", "tiny", "--json"]):
+        assert main(words) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 def test_the_trace_has_every_slot_in_microseconds() -> None:

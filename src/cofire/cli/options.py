@@ -44,6 +44,13 @@ def _complete(kind: str | None, incomplete: str) -> list[str]:
     return [name for name in preset_names(kind) if name.startswith(incomplete)]
 
 
+def complete_schedule(incomplete: str) -> list[str]:
+    """Pipeline schedules whose name starts with what was typed."""
+    from cofire.plan import SCHEDULES
+
+    return [name for name in SCHEDULES if name.startswith(incomplete)]
+
+
 def complete_kind(incomplete: str) -> list[str]:
     """Kinds of specs whose name starts with what was typed."""
     from cofire.spec.io import KINDS

@@ -1,24 +1,51 @@
-"""``cofire plan``: what a model or a training run costs, and what a cluster allows at best."""
+"""``cofire plan``: what a model or a training run costs, what a cluster allows at best, and pipeline schedules."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from cofire.cli.options import JsonOption, SetOption, complete_cluster, complete_run
+from cofire.cli.options import JsonOption, SetOption, complete_cluster, complete_run, complete_schedule
 from cofire.cli.output import console, print_json
 
 if TYPE_CHECKING:
-    from cofire.plan import Plan
+    from cofire.plan import ChunkTimes, Plan, Schedule, ScheduleCost, Timeline
+    from cofire.spec import PipelineSpec
 
 _PREFIXES = ("workload.", "cluster.")
 
 
+class _PlanGroup(TyperGroup):
+    """``cofire plan small`` is ``cofire plan model small``: what names no command names a model."""
+
+    default_command = "model"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default_command, *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        return [*super().shell_complete(ctx, incomplete), *self._complete_model(ctx, incomplete)]
+
+    def _complete_model(self, ctx: Any, incomplete: str) -> list[Any]:
+        command = self.commands[self.default_command]
+        return command.params[0].shell_complete(ctx, incomplete)
+
+
 def register(app: typer.Typer) -> None:
-    """Add ``cofire plan``."""
-    app.command("plan")(plan)
+    """Add ``cofire plan ...``."""
+    group = typer.Typer(
+        cls=_PlanGroup,
+        no_args_is_help=True,
+        help="Estimate what a model costs, or compare pipeline schedules. A model's name alone stands for model NAME.",
+    )
+    group.command("model")(plan)
+    group.command("pipeline")(pipeline)
+    app.add_typer(group, name="plan")
 
 
 def plan(
@@ -94,3 +121,96 @@ def spec_source(source: str) -> str:
         if (Path(source) / name).is_file():
             return str(Path(source) / name)
     return source
+
+
+def pipeline(
+    schedule: Annotated[
+        str | None,
+        typer.Argument(help="Draw this schedule; none compares all.", autocompletion=complete_schedule),
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="With a schedule: write a trace for Perfetto here.")] = None,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Simulate pipeline schedules: makespan, bubble and activations, beside the papers' formulas.
+
+    Paths to set: num_ranks, num_micro_batches, stages_per_rank (of interleaved), and the times of a micro-batch through
+    a rank's layers: forward_s, backward_s, weight_s (part of it), overlapped_s, transfer_s. Any unit of time will do.
+    """
+    from cofire.plan import compare_schedules, run_schedule
+    from cofire.spec import PipelineSpec, parse
+    from cofire.spec.io import override
+
+    table: dict[str, Any] = {}
+    for item in overrides or ():
+        override(table, item)
+    settings = parse(PipelineSpec, table, "pipeline")
+    if schedule is None:
+        if trace is not None:
+            raise typer.BadParameter("needs one schedule, for example dualpipe", param_hint="--trace")
+        rows = compare_schedules(settings)
+        if as_json:
+            print_json([row.to_dict() for row in rows])
+        else:
+            _print_comparison(rows, settings)
+        return
+    made, times, timeline = run_schedule(schedule, settings)
+    if trace is not None:
+        _write_trace(trace, timeline)
+    _print_timeline(made, times, timeline, as_json)
+
+
+def _print_comparison(rows: list[ScheduleCost], settings: PipelineSpec) -> None:
+    from rich.table import Table
+
+    title = f"{settings.num_ranks} ranks, {settings.num_micro_batches} micro-batches (simulated)"
+    table = Table(title=title, title_justify="left")
+    for column in ("schedule", "stages per rank", "makespan", "bubble", "share", "formula", "activations"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for row in (row for row in rows if not row.unfit):
+        times = [f"{value:.4g}" for value in (row.makespan_s, row.bubble_s)]
+        rest = [f"{row.bubble_s / row.makespan_s:.1%}", f"{row.formula_s:.4g}", f"{row.peak_activations:.4g}"]
+        table.add_row(row.name, str(row.stages_per_rank), *times, *rest)
+    out = console()
+    out.print(table)
+    for row in (row for row in rows if row.unfit):
+        out.print(f"left out: {row.unfit}", markup=False, soft_wrap=True)
+    if settings.backward_s - settings.weight_s != settings.forward_s:
+        out.print("The formulas but the first two want backward_s - weight_s = forward_s; the simulation counts.")
+
+
+def _print_timeline(schedule: Schedule, times: ChunkTimes, timeline: Timeline, as_json: bool) -> None:
+    from cofire.plan.timeline import bubble_formula_s, draw
+
+    formula = bubble_formula_s(schedule, times)
+    if as_json:
+        print_json(
+            {
+                "name": schedule.name,
+                "makespan_s": timeline.makespan_s,
+                "bubble_s": timeline.bubble_s,
+                "formula_s": formula,
+                "peak_activations": timeline.peak_activations,
+                "peak_weight_gradients": timeline.peak_weight_gradients,
+                "slots": schedule.slots,
+            }
+        )
+        return
+    out = console()
+    for rank, row in enumerate(draw(timeline, max(20, out.width - 12))):
+        out.print(f"rank {rank:<4}  {row}", markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        f"makespan {timeline.makespan_s:.4g}, bubble {max(timeline.bubble_s):.4g} ({timeline.bubble_fraction:.1%}), "
+        f"formula {formula:.4g}; at most {max(timeline.peak_activations)} chunks' activations and "
+        f"{max(timeline.peak_weight_gradients)} weight gradients wait on a rank (simulated)",
+        soft_wrap=True,
+    )
+
+
+def _write_trace(path: Path, timeline: Timeline) -> None:
+    import json
+
+    from cofire.plan import trace_events
+    from cofire.spec.io import write_text
+
+    write_text(path, json.dumps({"traceEvents": trace_events(timeline)}))

@@ -18,7 +18,16 @@ from cofire.plan.memory import InferenceMemory, MemoryEstimate, activation_parts
 from cofire.plan.parameters import MTPParameterCount, ParameterCount, count_parameters
 from cofire.plan.pipeline import SCHEDULES, Schedule, make_schedule
 from cofire.plan.report import Plan, RunCost, note
-from cofire.plan.timeline import ChunkTimes, Timeline, bubble_formula_s, simulate, trace_events
+from cofire.plan.timeline import (
+    ChunkTimes,
+    ScheduleCost,
+    Timeline,
+    bubble_formula_s,
+    compare_schedules,
+    run_schedule,
+    simulate,
+    trace_events,
+)
 
 __all__ = [
     "SCHEDULES",
@@ -35,11 +44,13 @@ __all__ = [
     "Plan",
     "RunCost",
     "Schedule",
+    "ScheduleCost",
     "Timeline",
     "TrainingBound",
     "TrainingFlops",
     "activation_parts",
     "bubble_formula_s",
+    "compare_schedules",
     "count_parameters",
     "decode_attention_flops_per_layer",
     "decode_core_intensity",
@@ -57,6 +68,7 @@ __all__ = [
     "make_schedule",
     "mtp_speed_up",
     "note",
+    "run_schedule",
     "run_workload",
     "simulate",
     "trace_events",

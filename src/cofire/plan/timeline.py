@@ -8,10 +8,12 @@ input-gradient part takes as long as the forward pass; elsewhere the simulation 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from cofire.errors import PlanError
-from cofire.plan.pipeline import Chunk, Schedule, Slot
+from cofire.plan.pipeline import SCHEDULES, Chunk, Schedule, Slot, make_schedule
+from cofire.spec.workload import PipelineSpec
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,100 @@ def bubble_formula_s(schedule: Schedule, times: ChunkTimes) -> float:
         return (p - 1) * (f + b - 2 * w)
     half = p if schedule.name == "dualpipev" else p // 2
     return (half - 1) * (times.pair_s + b - 3 * w)
+
+
+@dataclass(frozen=True)
+class ScheduleCost:
+    """One row of a comparison; times are of a step, activations of a rank's whole share of the layers.
+
+    Attributes:
+        name: Of the schedule.
+        stages_per_rank: Whose weights a rank holds.
+        makespan_s: Simulated.
+        bubble_s: Of the rank that idles longest, simulated.
+        formula_s: The papers' bubble.
+        peak_activations: Of the rank that holds most, in micro-batches.
+        unfit: Why the schedule cannot run with these numbers; then the rest is zero.
+    """
+
+    name: str
+    stages_per_rank: int = 0
+    makespan_s: float = 0.0
+    bubble_s: float = 0.0
+    formula_s: float = 0.0
+    peak_activations: float = 0.0
+    unfit: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain values."""
+        return asdict(self)
+
+
+def share_times(schedule: Schedule, times: ChunkTimes) -> ChunkTimes:
+    """Return the times of the schedule's chunks where ``times`` are those of a rank's whole share of the layers."""
+    parts = len(schedule.ranks[0]) // schedule.num_ranks
+    return replace(
+        times,
+        forward_s=times.forward_s / parts,
+        backward_s=times.backward_s / parts,
+        weight_s=times.weight_s / parts,
+        overlapped_s=None if times.overlapped_s is None else times.overlapped_s / parts,
+    )
+
+
+def chunk_times(pipeline: PipelineSpec) -> ChunkTimes:
+    """Return the times of a micro-batch through a rank's whole share of the layers."""
+    return ChunkTimes(
+        pipeline.forward_s, pipeline.backward_s, pipeline.weight_s, pipeline.overlapped_s, pipeline.transfer_s
+    )
+
+
+def run_schedule(name: str, pipeline: PipelineSpec) -> tuple[Schedule, ChunkTimes, Timeline]:
+    """Make a schedule with a pipeline's numbers and simulate it; also return its chunks' times.
+
+    Raises:
+        PlanError: The schedule is unknown, or cannot run with these numbers.
+    """
+    schedule = make_schedule(name, pipeline.num_ranks, pipeline.num_micro_batches, pipeline.stages_per_rank)
+    times = share_times(schedule, chunk_times(pipeline))
+    return schedule, times, simulate(schedule, times)
+
+
+def compare_schedules(pipeline: PipelineSpec) -> list[ScheduleCost]:
+    """Run every schedule with the same work per rank.
+
+    Raises:
+        PlanError: The times contradict each other.
+    """
+    chunk_times(pipeline)
+    rows = []
+    for name in SCHEDULES:
+        try:
+            schedule, times, timeline = run_schedule(name, pipeline)
+        except PlanError as error:
+            rows.append(ScheduleCost(name, unfit=str(error)))
+            continue
+        rows.append(
+            ScheduleCost(
+                name=name,
+                stages_per_rank=schedule.stages_per_rank,
+                makespan_s=timeline.makespan_s,
+                bubble_s=max(timeline.bubble_s),
+                formula_s=bubble_formula_s(schedule, times),
+                peak_activations=max(timeline.peak_activations) * schedule.num_ranks / len(schedule.ranks[0]),
+            )
+        )
+    return rows
+
+
+def draw(timeline: Timeline, width: int = 100) -> list[str]:
+    """Return a line per rank: F, B, I and W where it computes, & where two chunks overlap, a dot where it idles."""
+    rows = [["."] * width for _ in timeline.bubble_s]
+    for span in timeline.spans:
+        letter = "&" if len(span.slot) == 2 else span.slot[0].part
+        begin, end = (round(at / timeline.makespan_s * width) for at in (span.start_s, span.end_s))
+        rows[span.rank][begin:end] = letter * (end - begin)
+    return ["".join(row) for row in rows]
 
 
 def trace_events(timeline: Timeline) -> list[dict[str, object]]:

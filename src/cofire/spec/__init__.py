@@ -15,7 +15,7 @@ from cofire.spec.model import (
 from cofire.spec.precision import PrecisionSpec
 from cofire.spec.run import CheckpointSpec, DataSpec, OptimizerSpec, RunSpec, ScheduleSpec
 from cofire.spec.spec_type import Spec
-from cofire.spec.workload import WorkloadSpec
+from cofire.spec.workload import PipelineSpec, WorkloadSpec
 
 __all__ = [
     "BalanceSpec",
@@ -29,6 +29,7 @@ __all__ = [
     "MoESpec",
     "ModelSpec",
     "OptimizerSpec",
+    "PipelineSpec",
     "PrecisionSpec",
     "RopeSpec",
     "RunSpec",

@@ -138,7 +138,16 @@ def save(spec: Spec, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if target.suffix not in (".toml", ".json"):
         raise SpecError(f"cannot write {str(path)!r}: a spec's file ends in .toml or .json")
-    text = dump(spec, target.suffix[1:])
+    write_text(target, dump(spec, target.suffix[1:]))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all, as :func:`save` does.
+
+    Raises:
+        SpecError: The file cannot be written.
+    """
+    target = Path(path)
     try:
         descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent)
         try:

@@ -29,3 +29,21 @@ class WorkloadSpec(Spec):
     batch_size: Positive = 1
     weight_format: Literal["fp32", "bf16", "fp8"] = Field(default="bf16", description="weights in decoding")
     cache_bytes_per_number: Annotated[int | float, Field(gt=0)] = 2
+
+
+class PipelineSpec(Spec):
+    """A pipeline to compare schedules on: how many ranks and micro-batches, and the times of one.
+
+    Times are those of a micro-batch through a rank's whole share of the layers.
+    """
+
+    num_ranks: Positive = Field(default=8, description="pipeline ranks")
+    num_micro_batches: Positive = Field(default=20, description="of an optimiser step")
+    stages_per_rank: Positive = Field(default=2, description="of the interleaved schedule")
+    forward_s: Annotated[float, Field(gt=0)] = Field(default=1.0, description="forward pass")
+    backward_s: Annotated[float, Field(gt=0)] = Field(default=2.0, description="whole backward pass")
+    weight_s: Annotated[float, Field(ge=0)] = Field(default=1.0, description="the weight-gradient part of it")
+    overlapped_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="a forward and a backward pass that overlap; none: their sum"
+    )
+    transfer_s: Annotated[float, Field(ge=0)] = Field(default=0.0, description="from rank to rank")
