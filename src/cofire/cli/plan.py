@@ -29,11 +29,8 @@ class _PlanGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        return [*super().shell_complete(ctx, incomplete), *self._complete_model(ctx, incomplete)]
-
-    def _complete_model(self, ctx: Any, incomplete: str) -> list[Any]:
-        command = self.commands[self.default_command]
-        return command.params[0].shell_complete(ctx, incomplete)
+        source = self.commands[self.default_command].params[0]
+        return [*super().shell_complete(ctx, incomplete), *source.shell_complete(ctx, incomplete)]
 
 
 def register(app: typer.Typer) -> None:

@@ -68,6 +68,11 @@ class Schedule:
         """Stages whose weights a rank holds, copies counted."""
         return sum(map(len, self.ranks)) // self.num_ranks
 
+    @property
+    def chunks_per_pass(self) -> int:
+        """Chunks of a rank in which one micro-batch passes through it once."""
+        return len(self.ranks[0]) // self.num_ranks
+
 
 def make_schedule(name: str, num_ranks: int, num_micro_batches: int, stages_per_rank: int = 2) -> Schedule:
     """Return a schedule.

@@ -205,7 +205,7 @@ class ScheduleCost:
 
 def share_times(schedule: Schedule, times: ChunkTimes) -> ChunkTimes:
     """Return the times of the schedule's chunks where ``times`` are those of a rank's whole share of the layers."""
-    parts = len(schedule.ranks[0]) // schedule.num_ranks
+    parts = schedule.chunks_per_pass
     return replace(
         times,
         forward_s=times.forward_s / parts,
@@ -228,7 +228,7 @@ def run_schedule(name: str, pipeline: PipelineSpec) -> tuple[Schedule, ChunkTime
     Raises:
         PlanError: The schedule is unknown, or cannot run with these numbers.
     """
-    schedule = make_schedule(name, pipeline.num_ranks, pipeline.num_micro_batches, pipeline.stages_per_rank)
+    schedule = _scheduled(name, pipeline)
     times = share_times(schedule, chunk_times(pipeline))
     return schedule, times, simulate(schedule, times)
 
@@ -239,14 +239,15 @@ def compare_schedules(pipeline: PipelineSpec) -> list[ScheduleCost]:
     Raises:
         PlanError: The times contradict each other.
     """
-    chunk_times(pipeline)
-    rows = []
+    whole, rows = chunk_times(pipeline), []
     for name in SCHEDULES:
         try:
-            schedule, times, timeline = run_schedule(name, pipeline)
+            schedule = _scheduled(name, pipeline)
         except PlanError as error:
             rows.append(ScheduleCost(name, unfit=str(error)))
             continue
+        times = share_times(schedule, whole)
+        timeline = simulate(schedule, times)
         rows.append(
             ScheduleCost(
                 name=name,
@@ -254,10 +255,14 @@ def compare_schedules(pipeline: PipelineSpec) -> list[ScheduleCost]:
                 makespan_s=timeline.makespan_s,
                 bubble_s=max(timeline.bubble_s),
                 formula_s=bubble_formula_s(schedule, times),
-                peak_activations=max(timeline.peak_activations) * schedule.num_ranks / len(schedule.ranks[0]),
+                peak_activations=max(timeline.peak_activations) / schedule.chunks_per_pass,
             )
         )
     return rows
+
+
+def _scheduled(name: str, pipeline: PipelineSpec) -> Schedule:
+    return make_schedule(name, pipeline.num_ranks, pipeline.num_micro_batches, pipeline.stages_per_rank)
 
 
 def draw(timeline: Timeline, width: int = 100) -> list[str]:
