@@ -179,7 +179,11 @@ def test_an_override_replaces_the_model_of_a_run_by_name() -> None:
         ("m.json", "[1]", "holds a list, but a spec is a table"),
         ("m.json", "[" * 100_000, "nested too deeply"),
         ("m.toml", 'name = "x"', 'has no kind; add kind = "model"'),
-        ("m.toml", 'kind = "modle"', "kind = 'modle' is not one of model, cluster, run, workload; nearest: model"),
+        (
+            "m.toml",
+            'kind = "modle"',
+            "kind = 'modle' is not one of model, cluster, parallel, run, workload; nearest: model",
+        ),
         ("m.toml", "kind = []", "kind = [] is not one of"),
         ("m.toml", "base = 3", "base = 3 must be the name of a preset or a path"),
         ("m.toml", 'base = "smal"', "'smal' is neither a preset nor a .toml or .json file; nearest: small"),

@@ -1,6 +1,7 @@
 """The vocabulary: frozen, self-validating values that say what a model, a cluster and a run are."""
 
-from cofire.spec.hardware import ClusterSpec, DeviceSpec
+from cofire.spec.figure import Figure
+from cofire.spec.hardware import ClusterSpec, DeviceSpec, HostSpec, NetworkSpec, ScaleUpSpec
 from cofire.spec.io import diff, dump, json_schema, load, load_as, parse, preset_names, save
 from cofire.spec.model import (
     BalanceSpec,
@@ -12,6 +13,7 @@ from cofire.spec.model import (
     RopeSpec,
     YarnSpec,
 )
+from cofire.spec.parallel import ParallelSpec
 from cofire.spec.precision import PrecisionSpec
 from cofire.spec.run import CheckpointSpec, DataSpec, OptimizerSpec, RunSpec, ScheduleSpec
 from cofire.spec.spec_type import Spec
@@ -23,16 +25,21 @@ __all__ = [
     "ClusterSpec",
     "DataSpec",
     "DeviceSpec",
+    "Figure",
     "GQASpec",
+    "HostSpec",
     "MLASpec",
     "MTPSpec",
     "MoESpec",
     "ModelSpec",
+    "NetworkSpec",
     "OptimizerSpec",
+    "ParallelSpec",
     "PipelineSpec",
     "PrecisionSpec",
     "RopeSpec",
     "RunSpec",
+    "ScaleUpSpec",
     "ScheduleSpec",
     "Spec",
     "WorkloadSpec",

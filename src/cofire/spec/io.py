@@ -26,11 +26,18 @@ from cofire.errors import SpecError
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.messages import describe, nearest
 from cofire.spec.model import ModelSpec
+from cofire.spec.parallel import ParallelSpec
 from cofire.spec.run import RunSpec
 from cofire.spec.spec_type import Spec
 from cofire.spec.workload import WorkloadSpec
 
-KINDS: dict[str, type[Spec]] = {"model": ModelSpec, "cluster": ClusterSpec, "run": RunSpec, "workload": WorkloadSpec}
+KINDS: dict[str, type[Spec]] = {
+    "model": ModelSpec,
+    "cluster": ClusterSpec,
+    "parallel": ParallelSpec,
+    "run": RunSpec,
+    "workload": WorkloadSpec,
+}
 
 SpecT = TypeVar("SpecT", bound=Spec)
 

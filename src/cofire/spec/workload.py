@@ -19,6 +19,9 @@ class WorkloadSpec(Spec):
     kind: Literal["workload"] = "workload"
     sequence_length: Positive = 4096
     micro_batch_size: Positive = 1
+    global_batch_size: Positive | None = Field(
+        default=None, description="sequences of an optimiser step, of a layout; none: 8 micro-batches per pipeline"
+    )
     recipe: Literal["fp32", "bf16"] = Field(
         default="bf16", description="bf16: matrix products in bfloat16 over FP32 master weights"
     )

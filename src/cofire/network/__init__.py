@@ -1,0 +1,1 @@
+"""Wires: topologies as graphs, routes through them, what they cost, and flows that share them. No torch."""

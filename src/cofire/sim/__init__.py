@@ -1,0 +1,1 @@
+"""Simulated time: traces that a browser opens."""
