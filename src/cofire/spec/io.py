@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,9 @@ KINDS: dict[str, type[Spec]] = {
     "run": RunSpec,
     "workload": WorkloadSpec,
 }
+
+# The name of the one cluster that is no preset: it is measured where it is used.
+THIS_MACHINE = "this-machine"
 
 SpecT = TypeVar("SpecT", bound=Spec)
 
@@ -181,6 +185,25 @@ def load_value(spec_type: type[SpecT], path: str | os.PathLike[str]) -> SpecT:
     return parse(spec_type, _read_file(str(path)), str(path))
 
 
+def user_cache_folder() -> Path:
+    """Return where this user's caches are: ``$COFIRE_CACHE``, else ``cofire`` in the platform's cache folder."""
+    chosen = os.environ.get("COFIRE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        user = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        user = "~/Library/Caches"
+    else:
+        user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(user).expanduser() / "cofire"
+
+
+def this_machine_file() -> Path:
+    """Return where ``cofire plan calibrate`` keeps the cluster that ``this-machine`` stands for."""
+    return user_cache_folder() / f"{THIS_MACHINE}.toml"
+
+
 def diff(left: Spec, right: Spec) -> list[tuple[str, Any, Any]]:
     """Return ``(path, left value, right value)`` for every field in which two specs differ."""
     a, b = _flatten(left.model_dump(mode="json")), _flatten(right.model_dump(mode="json"))
@@ -221,6 +244,10 @@ def _names_text(kind: str | None = None) -> str:
 def _read_source(source: str) -> dict[str, Any]:
     if source in preset_names():
         return _preset_table(source)
+    if source == THIS_MACHINE:
+        if not this_machine_file().is_file():
+            raise SpecError(f"{THIS_MACHINE} is not calibrated here; run cofire plan calibrate once")
+        return _read_file(str(this_machine_file()))
     if Path(source).suffix not in (".toml", ".json"):
         raise SpecError(f"{source!r} is neither a preset nor a .toml or .json file{nearest(source, preset_names())}")
     return _read_file(source)

@@ -21,8 +21,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import sys
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ import numpy as np
 import tokenizers
 
 from cofire.errors import TrainError
+from cofire.spec.io import user_cache_folder
 from cofire.spec.run import DataSpec
 from cofire.train.atomic import folder_lock, remove_temporary_files, replace_file
 from cofire.train.corpus import Corpus
@@ -171,16 +170,7 @@ def prepare(data: DataSpec, vocab_size: int, progress: Progress | None = None) -
 
 def cache_folder(data: DataSpec) -> Path:
     """Return where tokenizers and token files are kept for this run."""
-    chosen = data.cache or os.environ.get("COFIRE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        user = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        user = "~/Library/Caches"
-    else:
-        user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user).expanduser() / "cofire"
+    return Path(data.cache).expanduser() if data.cache else user_cache_folder()
 
 
 def unigram_entropy(train: TokenFile, validation: TokenFile) -> float:
