@@ -2,6 +2,9 @@
 
 Vertices are numbered: first the endpoints 0 .. num_endpoints - 1, then the switches. Every cable is two directed
 links, 2i and 2i + 1, so that the opposite of link e is ``e ^ 1``. Builders are in ``cofire.network.builders``.
+
+The fast links inside a node are a switch of level ``SCALE_UP`` beside the node's ports. A path through the network
+never passes such a switch unless a port of another plane is wanted (``cofire.network.routing.device_routes``).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+SCALE_UP = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +34,10 @@ class Network:
         latency_s: ``[num_links]``, of the cable and of the switch that it enters.
         plane: ``[num_endpoints + num_switches]``, plane (or rail, or zone) of each vertex.
         node: ``[num_endpoints]``, the host that a port belongs to.
-        level: ``[num_endpoints + num_switches]``: 0 endpoints, 1 leaves or routers, 2 spines, 3 cores.
-        cables: ``[num_links]``, parallel cables that a link bundles (capacity is their sum); empty: one each.
+        level: ``[num_endpoints + num_switches]``: 0 endpoints, 1 leaves or routers, 2 spines, 3 cores, ``SCALE_UP`` the
+            switch of a node's fast links (these come last).
+        cables: ``[num_links]``, parallel cables that a link bundles (capacity is their sum); empty: one each. Two
+            vertices may also have several links between them.
     """
 
     name: str
