@@ -1,7 +1,15 @@
 """The vocabulary: frozen, self-validating values that say what a model, a cluster and a run are."""
 
 from cofire.spec.figure import Figure
-from cofire.spec.hardware import ClusterSpec, DeviceSpec, HostSpec, NetworkSpec, ScaleUpSpec
+from cofire.spec.hardware import (
+    ClusterSpec,
+    DeviceSpec,
+    HostSpec,
+    KernelRate,
+    MatrixRate,
+    NetworkSpec,
+    ScaleUpSpec,
+)
 from cofire.spec.io import diff, dump, json_schema, load, load_as, parse, preset_names, save
 from cofire.spec.model import (
     BalanceSpec,
@@ -28,8 +36,10 @@ __all__ = [
     "Figure",
     "GQASpec",
     "HostSpec",
+    "KernelRate",
     "MLASpec",
     "MTPSpec",
+    "MatrixRate",
     "MoESpec",
     "ModelSpec",
     "NetworkSpec",

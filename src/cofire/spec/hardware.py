@@ -35,6 +35,33 @@ def _fraction(value: float, low: float, high: float) -> Figure:
     return Figure(value=value, low=low, high=high, source="rule of thumb")
 
 
+class MatrixRate(Spec):
+    """Measured rate of ``batch`` products of [m, k] with [k, n], in FLOP/s.
+
+    ``form`` is the product of a linear layer: ``forward`` reads both operands along k, ``input_gradient`` the second one
+    across, ``weight_gradient`` both across.
+    """
+
+    format: Format
+    form: Literal["forward", "input_gradient", "weight_gradient"] = "forward"
+    batch: Positive = 1
+    m: Positive
+    n: Positive
+    k: Positive
+    flops_per_s: Figure
+
+
+class KernelRate(Spec):
+    """Measured rate of a kernel that makes one pass over memory: bytes read and written per second.
+
+    ``size_bytes`` is what one call reads and writes.
+    """
+
+    kernel: str
+    size_bytes: PositiveFloat
+    bytes_per_s: Figure
+
+
 class DeviceSpec(Spec):
     """One accelerator (or one CPU machine seen as a device).
 
@@ -54,6 +81,8 @@ class DeviceSpec(Spec):
     reserved_bytes: Annotated[float, Field(ge=0)] = Field(
         default=2e9, description="context, kernels and communication library"
     )
+    matrix_rates: tuple[MatrixRate, ...] = ()
+    kernel_rates: tuple[KernelRate, ...] = ()
 
 
 class ScaleUpSpec(Spec):
