@@ -81,6 +81,10 @@ class DeviceSpec(Spec):
     reserved_bytes: Annotated[float, Field(ge=0)] = Field(
         default=2e9, description="context, kernels and communication library"
     )
+    retained_share: Figure = Field(
+        default=Figure(value=0.0, low=0.0, high=0.2, source="a caching allocator wastes little"),
+        description="freed blocks that the allocator keeps, as a share of what is allocated and freed in a step",
+    )
     matrix_rates: tuple[MatrixRate, ...] = ()
     kernel_rates: tuple[KernelRate, ...] = ()
 
