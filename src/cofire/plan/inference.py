@@ -1,6 +1,7 @@
 """What bounds decoding: the network under expert parallelism, and what speculative decoding gives back.
 
-First cut: two closed formulas of arXiv 2505.09343, section 2.3.2. Left out: latency, compute, contention.
+Closed formulas of arXiv 2505.09343, section 2.3. Left out: latency, compute and contention, which
+``cofire.plan.serving`` counts around the same exchange.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def expert_parallel_limit(
     Returns:
         The bounds.
     """
-    communication = bytes_per_number * tokens_per_device * num_destinations * hidden_size / bandwidth_bytes_per_s
+    size = exchange_bytes(tokens_per_device, num_destinations, hidden_size, bytes_per_number)
+    communication = size / bandwidth_bytes_per_s
     per_token = num_layers * 2 * communication
     return ExpertParallelLimit(
         communication_s=communication,
@@ -49,6 +51,23 @@ def expert_parallel_limit(
         time_per_token_s=per_token,
         tokens_per_s=1 / per_token,
     )
+
+
+def exchange_bytes(
+    tokens_per_device: float, num_destinations: float, hidden_size: int, bytes_per_number: float
+) -> float:
+    """Return the bytes that one device sends, or receives, when each of its tokens goes to several destinations.
+
+    Args:
+        tokens_per_device: Tokens of a micro-batch on each device.
+        num_destinations: Copies of each token that travel.
+        hidden_size: Numbers per token.
+        bytes_per_number: 1 for a dispatch in FP8, 2 for a combine in BF16, 3 for both.
+
+    Returns:
+        Bytes.
+    """
+    return bytes_per_number * tokens_per_device * num_destinations * hidden_size
 
 
 def mtp_speed_up(acceptance: float, num_layers: int) -> float:
