@@ -43,7 +43,7 @@ def draw_memory(stack: MemoryStack) -> str:
         for role, size_bytes in bar.parts:
             if size_bytes > 0:
                 x, width = scale.at(reached), scale.at(reached + size_bytes) - scale.at(reached)
-                tip = f"{bar.name}: {role}\n{shown(size_bytes, 'B')}, {shown(size_bytes / bar.total_bytes, '%')}"
+                tip = f"{bar.name}: {role}\n{shown(size_bytes, 'B')}, {_share(size_bytes, bar.total_bytes)}"
                 parts.append(rect(x, y + 3, width, _ROW - 7, f"bar {colour(roles.index(role))}", tip))
             reached += size_bytes
         over = bar.total_bytes > stack.capacity_bytes
@@ -83,7 +83,7 @@ def draw_step(step: StepBreakdown) -> str:
     for part in step.parts:
         ends.append(reached + (part.time.high or part.time.value))
         reached += part.time.value
-    scale = Scale(0.0, max(*ends, reached) * 1.02, left, WIDTH - 250)
+    scale = Scale(0.0, max(*ends, reached) * 1.02, left, WIDTH - 266)
     bottom = _TOP + _ROW * (len(step.parts) + 1) + 6
     body, reached = [_grid(scale, _TOP - 4, bottom, "s")], 0.0
     for row, part in enumerate(step.parts):
@@ -98,14 +98,14 @@ def draw_step(step: StepBreakdown) -> str:
     body.append(words(left - 8, y + 16, "total", "name strong", "end"))
     body.append(rect(scale.at(0), y + 3, scale.at(step.total.value) - scale.at(0), _ROW - 7, "bar total", tip))
     body.append(_whisker(step.total.low, step.total.high, 0.0, y + 12, scale))
-    body.append(_columns(y + 16, shown_value(step.total), "100 %", _marks(step.total.basis, step.total.label)))
+    body.append(_columns(y + 16, shown_value(step.total), "100.0 %", _marks(step.total.basis, step.total.label)))
     about = f"{len(step.parts)} parts of a step that add up to {shown_value(step.total)}"
     return _step_legend(step) + drawing(step.title, about, bottom + 24, "".join(body))
 
 
 def _step_row(part: StepPart, row: int, start_s: float, y: float, scale: Scale, total_s: float) -> str:
     time = part.time
-    tip = f"{part.name}\n{shown_value(time)}, {shown(time.value / total_s, '%')} of the step\n{known(time)}"
+    tip = f"{part.name}\n{shown_value(time)}, {_share(time.value, total_s)} of the step\n{known(time)}"
     if part.hidden_s:
         tip += f"\n{shown(part.hidden_s, 's')} more hidden behind other work"
     if part.remark:
@@ -117,11 +117,12 @@ def _step_row(part: StepPart, row: int, start_s: float, y: float, scale: Scale, 
         begin = max(start_s - part.hidden_s, 0.0)
         hidden = scale.at(begin + part.hidden_s) - scale.at(begin)
         body.append(rect(scale.at(begin), y + 5, hidden, _ROW - 11, "hollow", tip))
-    body.append(rect(x, y + 3, max(width, 1.0), _ROW - 7, f"bar {colour(row)}", tip))
-    if time.label == "assumed":
+    if width > 0:
+        body.append(rect(x, y + 3, max(width, 1.0), _ROW - 7, f"bar {colour(row)}", tip))
+    if time.label == "assumed" and width > 0:
         body.append(rect(x, y + 3, max(width, 1.0), _ROW - 7, "hatch"))
     body.append(_whisker(time.low, time.high, start_s, y + 12, scale))
-    body.append(_columns(y + 16, shown_value(time), shown(time.value / total_s, "%"), _marks(time.basis, time.label)))
+    body.append(_columns(y + 16, shown_value(time), _share(time.value, total_s), _marks(time.basis, time.label)))
     return "".join(body)
 
 
@@ -135,15 +136,19 @@ def _step_legend(step: StepBreakdown) -> str:
     return f'<div class="legend">{keys}</div>' if keys else ""
 
 
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
 def _marks(basis: str | None, label: str | None) -> str:
     return ", ".join(mark for mark in (basis, label) if mark)
 
 
 def _columns(y: float, value: str, share: str, marks: str) -> str:
     return (
-        words(WIDTH - 176, y, value, "value", "end")
-        + words(WIDTH - 124, y, share, "soft", "end")
-        + words(WIDTH - 112, y, marks, "soft small")
+        words(WIDTH - 190, y, value, "value", "end")
+        + words(WIDTH - 132, y, share, "soft value", "end")
+        + words(WIDTH - 118, y, marks, "soft small")
     )
 
 
@@ -161,7 +166,7 @@ def step_table(step: StepBreakdown) -> str:
         [
             part.name,
             shown_value(part.time),
-            shown(part.time.value / step.total.value, "%"),
+            _share(part.time.value, step.total.value),
             interval(part.time),
             shown(part.hidden_s, "s") if part.hidden_s else "",
             _marks(part.time.basis, part.time.label),
@@ -169,7 +174,7 @@ def step_table(step: StepBreakdown) -> str:
         ]
         for part in step.parts
     ]
-    rows.append(["total", shown_value(step.total), "100 %", interval(step.total), "", "", step.total.source])
+    rows.append(["total", shown_value(step.total), "100.0 %", interval(step.total), "", "", step.total.source])
     return table(["part", "time", "share", "interval", "hidden", "known as", "source"], rows)
 
 

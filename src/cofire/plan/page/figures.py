@@ -228,7 +228,11 @@ class SwitchLayer:
 
 @dataclass(frozen=True)
 class LayeredTopology:
-    """A fat tree of any number of layers (top first) and planes, with hosts below."""
+    """A fat tree of any number of layers (top first) and planes, with hosts below.
+
+    ``plane_name`` is what a plane is called. With ``split_hosts`` a host sits in one plane (a zone, say), else its
+    NICs go round the planes.
+    """
 
     title: str
     layers: tuple[SwitchLayer, ...]
@@ -238,6 +242,8 @@ class LayeredTopology:
     nics_per_host: int
     device_name: str = "GPU"
     inside_link: str = ""
+    plane_name: str = "plane"
+    split_hosts: bool = False
     caption: str = ""
 
     def __post_init__(self) -> None:

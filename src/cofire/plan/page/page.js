@@ -70,6 +70,11 @@
   // Time lines: find the span under the mouse by bisection; a row is start, length, text, start, length, text, ...
   document.querySelectorAll(".timeline").forEach((box) => {
     const about = data[box.closest("figure").id], svg = box.querySelector("svg"), cursor = svg.querySelector(".cursor");
+    // A span is "part,stage,micro-batch", two of them joined by "&"; a merged one comes as words and starts with a number.
+    const told = (text) => /^\d/.test(text) ? text : text.split("&").map((chunk) => {
+      const [part, stage, batch] = chunk.split(",");
+      return `${part} of stage ${stage}, micro-batch ${batch}`;
+    }).join("\n");
     const stop = () => { hideTip(); cursor.setAttribute("visibility", "hidden"); };
     box.addEventListener("pointerleave", stop);
     box.addEventListener("pointermove", (event) => {
@@ -85,14 +90,14 @@
         cursor.setAttribute("visibility", "hidden");
         return showTip(`rank ${rank}: idle`, event.clientX, event.clientY);
       }
-      const shown = (ticks) => Number((ticks * about.scale).toPrecision(4));
+      const shown = (ticks, digits) => Number((ticks * about.scale).toPrecision(digits));
       cursor.setAttribute("x", about.left + (start / about.ticks) * about.width);
       cursor.setAttribute("width", Math.max(1, (length / about.ticks) * about.width));
       cursor.setAttribute("y", about.top + 1 + rank * about.height);
       cursor.setAttribute("height", about.height - 2);
       cursor.setAttribute("visibility", "visible");
-      const times = `${shown(start)} to ${shown(start + length)} ${about.unit} (${shown(length)} ${about.unit})`;
-      showTip(`rank ${rank}\n${text}\n${times}`, event.clientX, event.clientY);
+      const times = `${shown(start, 4)} to ${shown(start + length, 4)} ${about.unit} (${shown(length, 3)} ${about.unit})`;
+      showTip(`rank ${rank}\n${told(text)}\n${times}`, event.clientX, event.clientY);
     });
   });
 
@@ -130,7 +135,11 @@
       mark.setAttribute("cx", x(at[about.x]));
       mark.setAttribute("cy", y(at[about.y]));
     });
-    const path = frontOf(about).map((i) => `${x(about.places[i][about.x])} ${y(about.places[i][about.y])}`);
+    const front = frontOf(about);
+    svg.querySelectorAll("circle[data-i]").forEach((mark) => {
+      mark.classList.toggle("best", front.includes(Number(mark.dataset.i)));
+    });
+    const path = front.map((i) => `${x(about.places[i][about.x])} ${y(about.places[i][about.y])}`);
     svg.querySelector("path.front").setAttribute("d", "M" + path.join("L"));
   };
   document.querySelectorAll("select[data-axis]").forEach((select) => {

@@ -8,9 +8,10 @@ equal bytes. Left out: comparing plans, and zooming.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from typing import Any
 
@@ -92,8 +93,7 @@ def render_page(page: PlanPage) -> str:
         page: What it shows; sections without any item or sentence are left out.
     """
     data: dict[str, object] = {}
-    items = (item for section in page.sections for item in section.items)
-    keys = {id(item): f"figure-{index}" for index, item in enumerate(items)}
+    keys = (f"figure-{index}" for index in itertools.count())
     sections = "\n".join(_section(section, keys, data) for section in page.sections if section.items or section.text)
     headline, further = (page.verdict[0], page.verdict[1:]) if page.verdict else (page.title, ())
     subtitle = f" - {text(page.subtitle)}" if page.subtitle else ""
@@ -127,8 +127,10 @@ def render_page(page: PlanPage) -> str:
 
 
 def _tiles(facts: Iterable[Fact]) -> str:
-    tiles = "".join(map(_tile, facts))
-    return tag("div", tiles, class_="tiles") if tiles else ""
+    tiles = list(map(_tile, facts))
+    # Rows of at most six, as even as they can be.
+    rows = -(-len(tiles) // 6)
+    return tag("div", "".join(tiles), class_="tiles", style=f"--columns: {-(-len(tiles) // rows)}") if tiles else ""
 
 
 def _tile(fact: Fact) -> str:
@@ -157,9 +159,9 @@ def _key(page: PlanPage) -> str:
     return tag("p", f"{marks}<span>A number without a mark is exact.</span>", class_="key")
 
 
-def _section(section: Section, keys: dict[int, str], data: dict[str, object]) -> str:
+def _section(section: Section, keys: Iterator[str], data: dict[str, object]) -> str:
     said = "".join(tag("p", text(sentence), class_="said") for sentence in section.text)
-    items = "\n".join(_item(item, keys[id(item)], data) for item in section.items)
+    items = "\n".join(_item(item, next(keys), data) for item in section.items)
     return f"<section>\n<h2>{text(section.title)}</h2>\n{said}\n{items}\n</section>"
 
 
@@ -248,7 +250,7 @@ def _errors(item: ErrorTable, key: str) -> str:
         side = "over" if row.error >= 0 else "under"
         bar = tag("i", tag("i", style=width, class_=side), class_="errorbar")
         error = tag("td", f"{100 * row.error:+.1f} %", class_="number", data_value=repr(row.error))
-        role = "fitted: no test of the model" if row.fitted else "predicted"
+        role = "fitted" if row.fitted else "predicted"
         rows.append(
             tag(
                 "tr",
@@ -267,7 +269,7 @@ def _errors(item: ErrorTable, key: str) -> str:
     summary = ""
     if free:
         summary = f"Mean error {100 * sum(free) / len(free):.1f} %, largest {100 * max(free):.1f} %, "
-        summary += f"over {len(free)} points that were not fitted."
+        summary += f"over {len(free)} points that were not fitted; a fitted one is no test."
     caption = " ".join(part for part in (summary, item.caption) if part)
     return _table_figure(key, item.title, tag("table", head + tag("tbody", "".join(rows))), caption)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from cofire.plan.page.figures import DesignPoint, Metric, ParetoPlot, Roof, Roofline
 from cofire.plan.page.scale import Scale, fit, shown, shown_value
@@ -26,7 +27,11 @@ from cofire.plan.page.svg import (
     words,
 )
 
-MAX_POINTS = 1200
+MAX_POINTS = 700
+MAX_ROWS = 100
+
+# Left, top, right and bottom of what another label must not cover.
+_Area: TypeAlias = tuple[float, float, float, float]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92.0, WIDTH - 20, 16.0, 372.0
 _HEIGHT = 420.0
@@ -49,9 +54,10 @@ def draw_roofline(roofline: Roofline) -> str:
     x, y = Scale(x_low, x_high, _LEFT, _RIGHT, log=True), Scale(y_low, y_high, _BOTTOM, _TOP, log=True)
     body = [_axes(_ticks(x, "FLOP/B"), _ticks(y, "FLOP/s"), "FLOP per byte moved", "FLOP per second")]
     peak = max(roof.rate.value for roof in roofline.roofs if roof.kind == "compute")
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[_Area] = []
     for roof in sorted(roofline.roofs, key=lambda roof: (roof.kind, -roof.rate.value)):
-        body.append(_level(roof, roofline, x, y, taken) if roof.kind == "compute" else _slope(roof, peak, x, y))
+        compute = roof.kind == "compute"
+        body.append(_level(roof, roofline, x, y, taken) if compute else _slope(roof, peak, x, y, taken))
     places = [(x.at(p.intensity_flop_per_byte), y.at(p.rate.value)) for p in roofline.points]
     taken += [(px - 6, py - 6, px + 6, py + 6) for px, py in places]
     for point, (px, py) in zip(roofline.points, places, strict=True):
@@ -76,7 +82,7 @@ def _bound(intensity: float, roofline: Roofline, over: str) -> float:
     return min(peak, max(links) * intensity) if links else peak
 
 
-def _level(roof: Roof, roofline: Roofline, x: Scale, y: Scale, taken: list[tuple[float, float, float, float]]) -> str:
+def _level(roof: Roof, roofline: Roofline, x: Scale, y: Scale, taken: list[_Area]) -> str:
     """Draw a compute roof from where the fastest link meets it."""
     links = [other.rate.value for other in roofline.roofs if other.kind != "compute"]
     begin = min(max(roof.rate.value / max(links), x.low), x.high) if links else x.low
@@ -85,13 +91,13 @@ def _level(roof: Roof, roofline: Roofline, x: Scale, y: Scale, taken: list[tuple
         return ""
     label = f"{roof.name}: {shown_value(roof.rate)}"
     width = text_width(label, 11)
-    taken.append((_RIGHT - width - 4, py - 17, _RIGHT, py))
+    taken += [(_RIGHT - width - 4, py - 17, _RIGHT, py), (x.at(begin), py - 1, _RIGHT, py + 1)]
     mark = tag("line", x1=x.at(begin), x2=_RIGHT, y1=py, y2=py, class_="roof", **tipped(_roof_tip(roof)))
     return mark + words(_RIGHT - 4, py - 5, label, "soft small", "end")
 
 
-def _slope(roof: Roof, peak: float, x: Scale, y: Scale) -> str:
-    """Draw a bandwidth roof up to the highest compute roof, with its name along it."""
+def _slope(roof: Roof, peak: float, x: Scale, y: Scale, taken: list[_Area]) -> str:
+    """Draw a bandwidth roof up to the highest compute roof, with its name along its lower end."""
     rate = roof.rate.value
     begin, end = max(x.low, y.low / rate), min(x.high, peak / rate)
     if begin >= end:
@@ -100,10 +106,16 @@ def _slope(roof: Roof, peak: float, x: Scale, y: Scale) -> str:
     angle = math.degrees(math.atan2(y2 - y1, x2 - x1))
     style = "roof" if roof.kind == "memory" else "roof network"
     mark = tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=style, **tipped(_roof_tip(roof)))
-    label = clipped(f"{roof.name}: {shown_value(roof.rate)}", math.hypot(x2 - x1, y2 - y1) - 16, 11)
-    # Along the upper part of the line, on its left, where no operation can be.
-    share = max(1 - (text_width(label, 11) + 20) / max(math.hypot(x2 - x1, y2 - y1), 1.0), 0.02)
-    lx, ly = x1 + (x2 - x1) * share, y1 + (y2 - y1) * share
+    length = max(math.hypot(x2 - x1, y2 - y1), 1.0)
+    across, down = (x2 - x1) / length, (y2 - y1) / length
+    label = clipped(f"{roof.name}: {shown_value(roof.rate)}", length - 24, 11)
+    lx, ly = x1 + across * 12, y1 + down * 12
+    # Squares along the line, and beside it along the name, keep the names of operations off both.
+    for at in range(0, int(length), 6):
+        px, py = x1 + across * at, y1 + down * at
+        taken.append((px - 2, py - 2, px + 2, py + 2))
+        if 12 <= at <= 12 + text_width(label, 11):
+            taken.append((px + down * 10 - 5, py - across * 10 - 5, px + down * 10 + 5, py - across * 10 + 5))
     turn = f"rotate({number(angle)} {number(lx)} {number(ly)})"
     return mark + tag("text", text(label), x=lx, y=ly - 6, class_="soft small", transform=turn)
 
@@ -112,11 +124,20 @@ def _roof_tip(roof: Roof) -> str:
     return f"{roof.name}\n{shown_value(roof.rate)}\n{known(roof.rate)}".strip()
 
 
-def _placed(name: str, px: float, py: float, taken: list[tuple[float, float, float, float]]) -> str:
+def _placed(name: str, px: float, py: float, taken: list[_Area]) -> str:
     """Return a label where it hides no other; where there is no such place, none: the tip has the name."""
     name = clipped(name, 190, 11)
     width = text_width(name, 11)
-    for dx, dy, anchor in ((9, 4, None), (-9, 4, "end"), (0, 18, "middle"), (0, -10, "middle"), (8, 17, None)):
+    for dx, dy, anchor in (
+        (9, 4, None),
+        (-9, 4, "end"),
+        (0, 18, "middle"),
+        (0, -10, "middle"),
+        (8, 17, None),
+        (-8, 17, "end"),
+        (8, -9, None),
+        (-8, -9, "end"),
+    ):
         left = px + dx - (width if anchor == "end" else width / 2 if anchor == "middle" else 0)
         box = (left, py + dy - 10, left + width, py + dy + 3)
         inside = box[0] >= _LEFT and box[2] <= _RIGHT and box[1] >= _TOP - 8 and box[3] <= _BOTTOM
@@ -126,7 +147,7 @@ def _placed(name: str, px: float, py: float, taken: list[tuple[float, float, flo
     return ""
 
 
-def _touch(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _touch(a: _Area, b: _Area) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -175,11 +196,17 @@ def drawn_points(pareto: ParetoPlot) -> list[DesignPoint]:
     points = list(pareto.points)
     if len(points) <= MAX_POINTS:
         return points
+    best = [index for index, point in enumerate(points) if point.front]
     others = [index for index, point in enumerate(points) if not point.front]
-    room = max(MAX_POINTS - (len(points) - len(others)), 0)
-    kept = {others[i * len(others) // room] for i in range(room)}
-    kept |= {index for index, point in enumerate(points) if point.front}
+    kept = _thinned(best, MAX_POINTS) + _thinned(others, max(MAX_POINTS - len(best), 0))
     return [points[index] for index in sorted(kept)]
+
+
+def _thinned(indices: list[int], most: int) -> list[int]:
+    """Return at most so many, evenly."""
+    if len(indices) <= most:
+        return indices
+    return [indices[i * len(indices) // most] for i in range(most)]
 
 
 def metric_scale(metric: Metric, values: Iterable[float]) -> Scale:
@@ -208,14 +235,16 @@ def draw_pareto(pareto: ParetoPlot) -> tuple[str, dict[str, object]]:
     on_front = front([(p.values[x], p.values[y]) for p in points], pareto.metrics[x], pareto.metrics[y])
     path = "L".join(f"{number(_px(places[i][x]))} {number(_py(places[i][y]))}" for i in on_front)
     dots = "".join(
-        tag("circle", cx=_px(place[x]), cy=_py(place[y]), r=5.0 if point.front else 3.5, **_design(point, i))
+        tag("circle", cx=_px(place[x]), cy=_py(place[y]), r=4.0, **_design(point, i, i in on_front))
         for i, (point, place) in enumerate(zip(points, places, strict=True))
     )
     svg = tag("g", body + titles, class_="axes") + tag("path", d=f"M{path}", class_="front") + tag("g", dots)
-    choice = "".join(_choice(axis, names, chosen) for axis, chosen in (("x", x), ("y", y)))
+    choice = "".join(
+        _choice(axis, [metric.name for metric in pareto.metrics], chosen) for axis, chosen in (("x", x), ("y", y))
+    )
     keys = '<span><i class="swatch dot front"></i>not beaten in all metrics</span>'
     keys += '<span><i class="swatch dot other"></i>beaten by another design</span>'
-    keys += '<span><i class="swatch front dash"></i>front in the two metrics shown</span>'
+    keys += '<span><i class="swatch front dash"></i>front in these two metrics</span>'
     about = f"{len(points)} designs by {names[x]} and {names[y]}"
     parts = tag("div", tag("span", choice, class_="choices") + keys, class_="legend")
     parts += tag("div", drawing(pareto.title, about, _HEIGHT, svg), class_="scatter")
@@ -237,13 +266,10 @@ def _metric_name(metric: Metric) -> str:
     return f"{metric.name}, {metric.better} is better" + (", logarithmic" if metric.log else "")
 
 
-def _design(point: DesignPoint, index: int) -> dict[str, object]:
+def _design(point: DesignPoint, index: int, best: bool = False) -> dict[str, object]:
     """Return what a mark of a design has beside its place; those of the front take the keyboard's focus."""
-    return {
-        "class_": "design front" if point.front else "design",
-        "data_i": index,
-        "tabindex": 0 if point.front else None,
-    }
+    series = "design" + " front" * point.front + " best" * best
+    return {"class_": series, "data_i": index, "tabindex": 0 if point.front or best else None}
 
 
 def _design_tip(point: DesignPoint, metrics: tuple[Metric, ...]) -> str:
@@ -282,23 +308,24 @@ def _parallel(
         return bottom + up * (top - bottom)
 
     body = []
+    # The front last, so that it lies on top; the more lines it has, the fainter they are.
+    for index in sorted(range(len(points)), key=lambda i: points[i].front):
+        place = " ".join(f"{number(columns[m])},{number(at(m, places[index][m]))}" for m in range(count))
+        body.append(tag("polyline", points=place, **{**_design(points[index], index), "tabindex": None}))
+    faint = min(0.75, max(0.12, 20 / max(sum(point.front for point in points), 1)))
+    body = [tag("g", "".join(body), style=f"--front: {faint:.2f}")]
     for index, (metric, column) in enumerate(zip(pareto.metrics, columns, strict=True)):
         body.append(line(column, top, column, bottom, "axis"))
         body.append(words(column, 16, clipped(metric.name, (WIDTH - 180) / (count - 1) - 8), "soft", "middle"))
         for place, label in ticks[index]:
-            if 0 <= place <= 1:
-                body.append(words(column - 6, at(index, place) + 4, label, "tick", "end"))
-    # The front last, so that it lies on top.
-    for index in sorted(range(len(points)), key=lambda i: points[i].front):
-        place = " ".join(f"{number(columns[m])},{number(at(m, places[index][m]))}" for m in range(count))
-        body.append(tag("polyline", points=place, **{**_design(points[index], index), "tabindex": None}))
+            body.append(words(column - 6, at(index, place) + 4, label, "tick", "end"))
     about = f"{len(points)} designs over {count} metrics, better at the top"
     caption = tag("p", "All metrics at once, better at the top; a line is a design.", class_="soft")
     return caption + tag("div", drawing(pareto.title, about, bottom + 14, "".join(body)), class_="parallel")
 
 
 def pareto_table(pareto: ParetoPlot) -> str:
-    """Return the designs of the front, by the first metric shown."""
+    """Return the designs of the front, the best by the first metric shown on top, at most :data:`MAX_ROWS`."""
     sign = 1 if pareto.metrics[pareto.x].better == "lower" else -1
     best = sorted((p for p in pareto.points if p.front), key=lambda p: sign * p.values[pareto.x])
     rows = [
@@ -307,19 +334,21 @@ def pareto_table(pareto: ParetoPlot) -> str:
             *(shown(v, m.unit) for v, m in zip(p.values, pareto.metrics, strict=True)),
             ", ".join(f"{field} = {value}" for field, value in p.changed),
         ]
-        for p in best
+        for p in best[:MAX_ROWS]
     ]
     return table(["design", *(metric.name for metric in pareto.metrics), "changes"], rows)
 
 
 def pareto_note(pareto: ParetoPlot) -> str:
-    """Return what is not drawn; nothing where all is."""
-    drawn = len(drawn_points(pareto))
-    return (
-        ""
-        if drawn == len(pareto.points)
-        else f"{drawn:,} of {len(pareto.points):,} designs are drawn, the front whole."
-    )
+    """Return what is not drawn, or not listed; nothing where all is."""
+    drawn, best = len(drawn_points(pareto)), sum(point.front for point in pareto.points)
+    notes = []
+    if drawn < len(pareto.points):
+        kept = "the front whole" if best <= drawn else "evenly from the front"
+        notes.append(f"{drawn:,} of {len(pareto.points):,} designs are drawn, {kept}.")
+    if best > MAX_ROWS:
+        notes.append(f"The table lists {MAX_ROWS} of the {best:,} that no other beats in all metrics.")
+    return " ".join(notes)
 
 
 def _ticks(scale: Scale, unit: str) -> list[tuple[float, str]]:

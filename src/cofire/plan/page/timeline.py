@@ -14,19 +14,22 @@ from cofire.plan.page.figures import TimeLine, TimeSpan
 from cofire.plan.page.scale import Scale, shown
 from cofire.plan.page.svg import WIDTH, colour, drawing, legend, line, number, table, tag, words
 
-MAX_SPANS = 6000
+MAX_SPANS = 4000
 MAX_RANKS = 64
 
 _MAX_LETTERS = 2500
 _LEFT = 64.0
-_TICKS = 100_000
+_TICKS = 10_000_000
 # A part keeps its colour from page to page.
 _COLOURS = {"F": 0, "B": 1, "I": 4, "W": 2, "F&B": 3, "F&I": 3}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What is drawn for one span, or for several that are merged."""
+    """What is drawn for one span, or for several that are merged: each kind with its share of the time.
+
+    ``tip`` is what the script says under the mouse: ``part,stage,micro-batch``, joined by ``&``, or words.
+    """
 
     rank: int
     kind: str
@@ -34,7 +37,7 @@ class Mark:
     end_s: float
     tip: str
     letter: str
-    busy: float = 1.0
+    shares: tuple[tuple[str, float], ...]
 
 
 def marks(timeline: TimeLine) -> list[Mark]:
@@ -54,8 +57,8 @@ def marks(timeline: TimeLine) -> list[Mark]:
 
 def _mark(span: TimeSpan) -> Mark:
     number_ = str(span.chunks[0][2]) if len(span.chunks) == 1 else ""
-    tip = "\n".join(f"{part} of stage {stage}, micro-batch {batch}" for part, stage, batch in span.chunks)
-    return Mark(span.rank, span.kind, span.start_s, span.end_s, tip, f"{span.kind}{number_}")
+    tip = "&".join(f"{part},{stage},{batch}" for part, stage, batch in span.chunks)
+    return Mark(span.rank, span.kind, span.start_s, span.end_s, tip, f"{span.kind}{number_}", ((span.kind, 1.0),))
 
 
 def _merge(row: list[TimeSpan], width_s: float) -> list[Mark]:
@@ -75,8 +78,9 @@ def _merged(group: list[TimeSpan]) -> Mark:
     kind = max(sorted(times), key=lambda name: times[name])
     tip = f"{len(group)} slots: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     start_s, end_s = group[0].start_s, group[-1].end_s
-    busy = sum(times.values()) / (end_s - start_s) if end_s > start_s else 1.0
-    return Mark(group[0].rank, kind, start_s, end_s, tip, kind, busy)
+    length_s = end_s - start_s
+    shares = tuple((name, time_s / length_s if length_s else 1 / len(times)) for name, time_s in sorted(times.items()))
+    return Mark(group[0].rank, kind, start_s, end_s, tip, "", shares)
 
 
 def _times(spans: Iterable[TimeSpan]) -> dict[str, float]:
@@ -88,7 +92,7 @@ def _times(spans: Iterable[TimeSpan]) -> dict[str, float]:
 
 def kind_colours(drawn: list[Mark]) -> dict[str, int]:
     """Return a colour for each kind that is drawn."""
-    known = {mark.kind for mark in drawn}
+    known = {kind for mark in drawn for kind, _ in mark.shares}
     colours = {kind: index for kind, index in _COLOURS.items() if kind in known}
     for kind in sorted(known - set(colours)):
         colours[kind] = next(index for index in range(5, 100) if index not in colours.values())
@@ -113,7 +117,7 @@ def draw_timeline(timeline: TimeLine) -> tuple[str, dict[str, object]]:
     bottom = 6 + ranks * height
     body = [_axes(scale, ranks, height, bottom)]
     for kind, index in colours.items():
-        path = "".join(_box(mark, scale, height) for mark in drawn if mark.kind == kind)
+        path = "".join(_box(mark, kind, scale, height) for mark in drawn)
         body.append(tag("path", d=path, class_=f"bar {colour(index)}"))
     body.append(_letters(drawn, scale, height, colours))
     body.append(tag("rect", class_="cursor", visibility="hidden"))
@@ -151,31 +155,38 @@ def _axes(scale: Scale, ranks: int, height: float, bottom: float) -> str:
     return rows + ticks + labels
 
 
-def _box(mark: Mark, scale: Scale, height: float) -> str:
-    x, width = scale.at(mark.start_s), scale.at(mark.end_s) - scale.at(mark.start_s)
-    gap = 0.6 if width > 3 else 0.0
-    # A merged mark is as tall as its share of busy time: what is idle inside it stays to be seen.
-    tall = (height - 2) * mark.busy
-    y = 7 + mark.rank * height + (height - 2 - tall)
-    w = number(max(width - gap, 0.3))
-    return f"M{number(x)} {number(y)}h{w}v{number(tall)}h-{w}z"
+def _box(mark: Mark, kind: str, scale: Scale, height: float) -> str:
+    """Return a kind's part of a mark: as tall as its share of the time, the kinds of a merged mark above each other."""
+    below = 0.0
+    for name, share in mark.shares:
+        if name == kind:
+            x, width = scale.at(mark.start_s), scale.at(mark.end_s) - scale.at(mark.start_s)
+            gap = 0.6 if width > 3 and len(mark.shares) == 1 else 0.0
+            w, tall = number(max(width - gap, 0.3)), (height - 2) * share
+            y = 7 + mark.rank * height + (height - 2) * (1 - below - share)
+            return f"M{number(x)} {number(y)}h{w}v{number(tall)}h-{w}z"
+        below += share
+    return ""
 
 
 def _letters(drawn: list[Mark], scale: Scale, height: float, colours: dict[str, int]) -> str:
-    if height < 13 or len(drawn) > 4 * _MAX_LETTERS:
+    """Write each kind on its spans, with the micro-batch where all spans of the kind have room for it."""
+    named = [mark for mark in drawn if mark.letter]
+    if height < 13 or len(named) > _MAX_LETTERS:
         return ""
+    widths = [scale.at(mark.end_s) - scale.at(mark.start_s) for mark in named]
+    narrow = {mark.kind for mark, width in zip(named, widths, strict=True) if width < 6.6 * len(mark.letter) + 3}
     labels = []
-    for mark in drawn:
-        width = scale.at(mark.end_s) - scale.at(mark.start_s)
-        shown_ = mark.letter if width >= 7 * len(mark.letter) + 4 else mark.kind
-        if mark.busy > 0.6 and width >= 7 * len(shown_) + 2:
+    for mark, width in zip(named, widths, strict=True):
+        letter = mark.kind if mark.kind in narrow else mark.letter
+        if width >= 6.6 * len(letter) + 2:
             x, y = scale.at((mark.start_s + mark.end_s) / 2), 7 + (mark.rank + 0.5) * height + 2.5
-            labels.append(words(x, y, shown_, f"t{colour(colours[mark.kind])}"))
-    return tag("g", "".join(labels), class_="letters") if len(labels) <= _MAX_LETTERS else ""
+            labels.append(words(x, y, letter, f"t{colour(colours[mark.kind])}"))
+    return tag("g", "".join(labels), class_="letters")
 
 
 def _hover(timeline: TimeLine, drawn: list[Mark], height: float, scale: Scale) -> dict[str, object]:
-    """Return spans as whole numbers: rank, start and length in 1e-5 of the makespan; the text of each beside."""
+    """Return spans as whole numbers: start, length and text of each, in ticks of the makespan."""
     tick = timeline.makespan_s / _TICKS
     ranks: list[list[object]] = [[] for _ in range(min(timeline.num_ranks, MAX_RANKS))]
     for mark in drawn:
@@ -203,8 +214,8 @@ def timeline_note(timeline: TimeLine) -> str:
         notes.append(f"The first {MAX_RANKS} of {timeline.num_ranks} ranks.")
     if len(marks(timeline)) < sum(1 for span in timeline.spans if span.rank < MAX_RANKS):
         notes.append(
-            f"{len(timeline.spans):,} slots are more than a page can show: neighbours are merged, under the colour of "
-            "the part that takes most of their time and as tall as their busy share."
+            f"{len(timeline.spans):,} slots are more than a page can show: neighbours are merged, each part as tall as "
+            "its share of their time."
         )
     return " ".join(notes)
 

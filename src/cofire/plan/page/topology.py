@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TypeAlias
 
-from cofire.plan.page.figures import GroupedTopology, LayeredTopology, TorusTopology
+from cofire.plan.page.figures import GroupedTopology, LayeredTopology, SwitchLayer, TorusTopology
 from cofire.plan.page.svg import WIDTH, clipped, colour, drawing, legend, line, number, rect, table, tag, tipped, words
 
 MAX_PLANES = 4
@@ -29,9 +29,11 @@ def draw_layered(topology: LayeredTopology) -> str:
     width = (WIDTH - _LEFT) / planes
     shown_each = 5 if planes <= 2 else 4 if planes == 3 else 3
     body = []
-    centres: list[list[list[float]]] = []
-    for layer in topology.layers:
-        centres.append([_centres(_LEFT + p * width, width, layer.count_per_plane, shown_each) for p in range(planes)])
+    # A little less than the column, so that planes stand apart.
+    lefts = [_LEFT + plane * width + 0.03 * width for plane in range(planes)]
+    centres = [
+        [_centres(left, 0.94 * width, layer.count_per_plane, shown_each) for left in lefts] for layer in topology.layers
+    ]
     for depth, layer in enumerate(topology.layers):
         y = 34 + depth * _LAYER
         body.append(_layer_name(topology, depth, y))
@@ -40,17 +42,22 @@ def draw_layered(topology: LayeredTopology) -> str:
             for x in centres[depth][plane]:
                 body += [line(x, y + _BOX, other, y + _LAYER, f"link {colour(plane)}") for other in below]
         for plane in range(planes):
-            body.append(_switches(centres[depth][plane], y, layer.count_per_plane, layer.name, plane))
+            place = f"{topology.plane_name} {plane + 1}"
+            body.append(_switches(layer, centres[depth][plane], y, place, colour(plane)))
     if topology.num_planes > 1:
         for plane in range(planes):
-            body.append(words(_LEFT + (plane + 0.5) * width, 18, f"plane {plane + 1}", "soft", "middle"))
+            body.append(
+                words(_LEFT + (plane + 0.5) * width, 18, f"{topology.plane_name} {plane + 1}", "soft", "middle")
+            )
         if topology.num_planes > planes:
-            body.append(words(8, 18, f"{planes} of {topology.num_planes} planes drawn", "soft small"))
+            body.append(words(8, 18, f"{planes} of {topology.num_planes} {topology.plane_name}s drawn", "soft small"))
     y = 34 + len(topology.layers) * _LAYER
     body.append(_hosts(topology, centres[-1], y))
-    about = ", ".join(f"{layer.count_per_plane} {layer.name} switches a plane" for layer in topology.layers)
-    about += f", {topology.num_planes} planes, {topology.num_hosts} hosts"
-    keys = [(colour(plane), f"plane {plane + 1}") for plane in range(planes)]
+    about = ", ".join(
+        f"{layer.count_per_plane} {layer.name} switches a {topology.plane_name}" for layer in topology.layers
+    )
+    about += f", {topology.num_planes} {topology.plane_name}s, {topology.num_hosts} hosts"
+    keys = [(colour(plane), f"{topology.plane_name} {plane + 1}") for plane in range(planes)]
     head = legend(keys) if topology.num_planes > 1 else ""
     return head + tag("div", drawing(topology.title, about, y + 132, "".join(body)), class_="topology")
 
@@ -77,13 +84,14 @@ def _layer_name(topology: LayeredTopology, depth: int, y: float) -> str:
     return body
 
 
-def _switches(centres: list[float], y: float, count: int, name: str, plane: int) -> str:
+def _switches(layer: SwitchLayer, centres: list[float], y: float, place: str, series: str) -> str:
+    count = layer.count_per_plane
     wide = min(54.0, (centres[1] - centres[0]) * 0.72) if len(centres) > 1 else 54.0
     body = []
     for index, x in enumerate(centres):
         label = index + 1 if index + 1 < len(centres) or len(centres) == count else count
-        tip = f"{name} {label} of {count}, plane {plane + 1}"
-        body.append(rect(x - wide / 2, y, wide, _BOX, f"box {colour(plane)}", tip))
+        tip = f"{layer.name} {label} of {count}, {place}"
+        body.append(rect(x - wide / 2, y, wide, _BOX, f"box {series}", tip))
         body.append(words(x, y + 14, str(label), "small", "middle"))
     if len(centres) < count and len(centres) > 1:
         body.append(words((centres[-2] + centres[-1]) / 2, y + 14, "...", "soft", "middle"))
@@ -95,50 +103,75 @@ def _hosts(topology: LayeredTopology, leaves: list[list[float]], y: float) -> st
     drawn = min(topology.num_hosts, _HOSTS)
     gap = 46.0 if drawn < topology.num_hosts else 14.0
     width = (WIDTH - _LEFT - 14 * max(drawn - 2, 0) - gap * (drawn > 1)) / drawn
-    nics, devices = min(topology.nics_per_host, _PARTS), min(topology.devices_per_host, _PARTS)
-    parts, back = [_host_names(topology, y)], []
+    parts, links = [_host_names(topology, y)], []
     for index in range(drawn):
         last = index == drawn - 1
         left = _LEFT + index * (width + 14) + (gap - 14 if last and drawn > 1 else 0.0)
-        label = topology.num_hosts if last else index + 1
-        parts.append(rect(left, y, width, 118, "host"))
-        parts.append(words(left + 8, y + 112, f"host {label:,}", "small"))
-        inside = clipped(topology.inside_link, width - 90, 11)
-        parts.append(words(left + width - 8, y + 112, inside, "soft small", "end"))
-        for nic in range(nics):
-            x, plane = left + width * (nic + 0.5) / nics, nic % topology.num_planes
-            kind = f"box {colour(plane)}" if plane < len(leaves) else "box"
-            wide = min(34.0, width / nics - 5)
-            tip = f"NIC {nic + 1} of {topology.nics_per_host}, plane {plane + 1}"
-            parts.append(rect(x - wide / 2, y + 10, wide, 18, kind, tip))
-            parts.append(words(x, y + 23, "NIC" if wide > 24 else "", "tiny", "middle"))
+        host = topology.num_hosts - 1 if last else index
+        parts.append(_host(topology, host, left, width, y))
+        for nic in range(min(topology.nics_per_host, _PARTS)):
+            plane = _plane(topology, host, nic)
             if plane < len(leaves):
+                x = _part(left, width, nic, min(topology.nics_per_host, _PARTS))
                 leaf = leaves[plane][-1 if last and drawn > 1 else min(index, len(leaves[plane]) - 1)]
-                back.append(line(x, y + 10, leaf, y - _LAYER + _BOX, f"link {colour(plane)}"))
-        for device in range(devices):
-            x, wide = left + width * (device + 0.5) / devices, min(34.0, width / devices - 5)
-            tip = f"{topology.device_name} {device + 1} of {topology.devices_per_host}"
-            parts.append(line(x, y + 28, x, y + 58, "wire"))
-            parts.append(rect(x - wide / 2, y + 58, wide, 26, "device", tip))
-            parts.append(words(x, y + 75, topology.device_name if wide > 26 else "", "tiny", "middle"))
-        if topology.inside_link:
-            parts.append(line(left + 10, y + 90, left + width - 10, y + 90, "bus"))
+                links.append(line(x, y + 10, leaf, y - _LAYER + _BOX, f"link {colour(plane)}"))
         if last and drawn < topology.num_hosts:
             parts.append(words(left - gap / 2, y + 60, "...", "soft", "middle"))
-    return "".join(back + parts)
+    return "".join(parts + links)
+
+
+def _plane(topology: LayeredTopology, host: int, nic: int) -> int:
+    """Return the plane of a NIC: hosts in blocks where they are split, else the NICs go round the planes."""
+    if topology.split_hosts:
+        return host * topology.num_planes // topology.num_hosts
+    return nic % topology.num_planes
+
+
+def _part(left: float, width: float, index: int, count: int) -> float:
+    return left + 5 + (width - 10) * (index + 0.5) / count
+
+
+def _host(topology: LayeredTopology, host: int, left: float, width: float, y: float) -> str:
+    nics, devices = min(topology.nics_per_host, _PARTS), min(topology.devices_per_host, _PARTS)
+    inside = clipped(topology.inside_link, width - 90, 11)
+    body = [
+        rect(left, y, width, 118, "host"),
+        words(left + 8, y + 112, f"host {host + 1:,}", "small"),
+        words(left + width - 8, y + 112, inside, "soft small", "end"),
+    ]
+    paired = nics == devices
+    for nic in range(nics):
+        x, wide, plane = _part(left, width, nic, nics), min(34.0, width / nics - 5), _plane(topology, host, nic)
+        kind = f"box {colour(plane)}" if plane < MAX_PLANES else "box"
+        tip = f"NIC {nic + 1} of {topology.nics_per_host}, {topology.plane_name} {plane + 1}"
+        body.append(line(x, y + 28, x, y + (58 if paired else 43), "wire"))
+        body.append(rect(x - wide / 2, y + 10, wide, 18, kind, tip))
+        body.append(words(x, y + 23, "NIC" if wide > 24 else "", "tiny", "middle"))
+    for device in range(devices):
+        x, wide = _part(left, width, device, devices), min(34.0, width / devices - 5)
+        tip = f"{topology.device_name} {device + 1} of {topology.devices_per_host}"
+        body.append("" if paired else line(x, y + 43, x, y + 58, "wire"))
+        body.append(rect(x - wide / 2, y + 58, wide, 26, "device", tip))
+        body.append(words(x, y + 75, topology.device_name if wide > 26 else "", "tiny", "middle"))
+    if not paired:
+        ends = [_part(left, width, i, count) for count in (nics, devices) for i in (0, count - 1)]
+        body.append(line(min(ends), y + 43, max(ends), y + 43, "wire"))
+    if topology.inside_link:
+        body.append(line(left + 10, y + 91, left + width - 10, y + 91, "bus"))
+    return "".join(body)
 
 
 def _host_names(topology: LayeredTopology, y: float) -> str:
     def count(number_: int, name: str) -> str:
         more = f" ({_PARTS} drawn)" if number_ > _PARTS else ""
-        return f"{number_} {name} each{more}"
+        return f"{number_} {name}{'s' * (number_ > 1)} each{more}"
 
     total = topology.num_hosts * topology.devices_per_host
     return (
         words(8, y + 12, "hosts", "strong")
         + words(8, y + 28, f"{topology.num_hosts:,}", "soft small")
-        + words(8, y + 44, count(topology.nics_per_host, "NICs"), "soft small")
-        + words(8, y + 60, count(topology.devices_per_host, f"{topology.device_name}s"), "soft small")
+        + words(8, y + 44, count(topology.nics_per_host, "NIC"), "soft small")
+        + words(8, y + 60, count(topology.devices_per_host, topology.device_name), "soft small")
         + words(8, y + 76, f"{total:,} {topology.device_name}s in all", "soft small")
     )
 
@@ -153,7 +186,7 @@ def layered_table(topology: LayeredTopology) -> str:
     rows.append(["hosts", "", f"{topology.num_hosts:,}", f"{nics:,} NICs"])
     devices = topology.num_hosts * topology.devices_per_host
     rows.append([f"{topology.device_name}s", "", f"{devices:,}", topology.inside_link])
-    return table(["", "a plane", "in all", "links"], rows)
+    return table(["", f"a {topology.plane_name}", "in all", "links"], rows)
 
 
 def draw_grouped(topology: GroupedTopology) -> str:
@@ -228,7 +261,7 @@ def grouped_table(topology: GroupedTopology) -> str:
 def draw_torus(topology: TorusTopology) -> str:
     """Draw the last two axes of a torus as a grid with its wrapping links; further axes are said in words."""
     rows, columns = (1, *topology.sizes)[-2:]
-    xs, ys = _centres(250, 620, columns, 6), _centres(50, 250 if rows > 1 else 100, rows, 4)
+    xs, ys = _centres(250, 620, columns, 6), _centres(34, 290 if rows > 1 else 70, rows, 4)
     body = []
     for y in ys:
         body.append(_bow((xs[0], y), (xs[0] - 110, y - 44), (xs[-1] + 110, y - 44), (xs[-1], y), "c0"))
@@ -244,12 +277,13 @@ def draw_torus(topology: TorusTopology) -> str:
             body.append(
                 tag("rect", x=x - 18, y=y - 11, width=36.0, height=22.0, class_="device", **tipped(f"host {r}, {c}"))
             )
-            body.append(words(x, y + 4, f"{r},{c}", "tiny", "middle"))
+            body.append(words(x, y + 4, f"{r},{c}" if rows > 1 else f"{c}", "tiny", "middle"))
     sizes = " x ".join(f"{size}" for size in topology.sizes)
     total = math.prod(topology.sizes)
     bottom = ys[-1] + 58
     more = f"; one of {math.prod(topology.sizes[:-2])} such layers" if len(topology.sizes) > 2 else ""
-    says = f"{sizes} = {total:,} hosts{more}; edges are joined{'; ' + topology.link if topology.link else ''}"
+    says = f"{sizes} = {total:,}" if len(topology.sizes) > 1 else f"{total:,}"
+    says += f" hosts{more}; edges are joined{'; ' + topology.link if topology.link else ''}"
     body.append(words(WIDTH / 2, bottom, says, "soft", "middle"))
     return drawing(topology.title, f"a torus of {sizes} hosts", bottom + 14, "".join(body))
 
