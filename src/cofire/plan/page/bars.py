@@ -55,7 +55,8 @@ def draw_memory(stack: MemoryStack) -> str:
     name = f"{stack.capacity_name} {shown(stack.capacity_bytes, 'B')}"
     parts.append(words(at, 12, name, "leveltext", "end" if at > WIDTH - 240 else "middle"))
     about = f"{len(bars)} bars of memory by role; the line is {name}"
-    entries = [(colour(index), role) for index, role in enumerate(roles)]
+    seen = {role for bar in bars for role, size_bytes in bar.parts if size_bytes > 0}
+    entries = [(colour(index), role) for index, role in enumerate(roles) if role in seen]
     return legend(entries) + drawing(stack.title, about, bottom + 24, "".join(parts))
 
 
@@ -79,6 +80,7 @@ def memory_table(stack: MemoryStack) -> str:
 def draw_step(step: StepBreakdown) -> str:
     """Draw the parts of a step one after another, each from where the one before ends."""
     left = min(max(text_width(part.name) for part in step.parts) + 14, 260.0)
+    left = max(left, text_width("total") + 20)
     ends, reached = [step.total.high or step.total.value], 0.0
     for part in step.parts:
         ends.append(reached + (part.time.high or part.time.value))

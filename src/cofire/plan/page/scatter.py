@@ -44,7 +44,8 @@ def roofline_bounds(roofline: Roofline) -> tuple[float, float, float, float]:
     points = [point.intensity_flop_per_byte for point in roofline.points]
     rates = [point.rate.value for point in roofline.points]
     x = fit([*points, *ridges, *([] if points or ridges else [1.0, 1000.0])], log=True, pad=0.12)
-    y = fit([peak, *(rates or [peak / 1e3])], log=True, pad=0.1)
+    # At least a decade and a half, or a slope looks like a wall.
+    y = fit([peak, peak / 30, *rates], log=True, pad=0.1)
     return (*x, *y)
 
 

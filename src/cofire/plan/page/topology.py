@@ -71,11 +71,15 @@ def _centres(left: float, width: float, count: int, most: int) -> list[float]:
     return [left + width * (i + 0.5) / slots for i in (*range(drawn - 1), slots - 1)]
 
 
+def _many(count: int, one: str, many: str = "") -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def _layer_name(topology: LayeredTopology, depth: int, y: float) -> str:
     layer = topology.layers[depth]
     total = layer.count_per_plane * topology.num_planes
     body = words(8, y + 8, layer.name, "strong")
-    count = f"{layer.count_per_plane:,} switches"
+    count = _many(layer.count_per_plane, "switch", "switches")
     if topology.num_planes > 1:
         count = f"{layer.count_per_plane:,} x {topology.num_planes} = {total:,} switches"
     body += words(8, y + 24, count, "soft small")
@@ -200,10 +204,10 @@ def draw_grouped(topology: GroupedTopology) -> str:
     body = [_edge(places[a], places[b], "link c1") for a in range(drawn) for b in range(a)]
     for index, (x, y) in enumerate(places):
         label = topology.num_groups if index == drawn - 1 else index + 1
-        tip = f"group {label} of {topology.num_groups}\n{topology.routers_per_group} routers"
+        tip = f"group {label} of {topology.num_groups}\n{_many(topology.routers_per_group, 'router')}"
         body.append(tag("circle", cx=x, cy=y, r=22.0, class_="box c1", **tipped(tip)))
         body.append(words(x, y + 4, f"{label}", "small", "middle"))
-    counts = f"{topology.num_groups:,} groups" + (f", {drawn} drawn" if drawn < topology.num_groups else "")
+    counts = _many(topology.num_groups, "group") + (f", {drawn} drawn" if drawn < topology.num_groups else "")
     body.append(
         words(centre, 372, f"{counts}; between groups: {topology.between_link or 'all to all'}", "soft", "middle")
     )
@@ -214,12 +218,13 @@ def draw_grouped(topology: GroupedTopology) -> str:
 
 def _inside(topology: GroupedTopology) -> str:
     routers = min(topology.routers_per_group, 6)
-    centre, middle = 820.0, 190.0
+    centre, middle, distance = 820.0, 190.0, 74.0 if routers > 1 else 0.0
     body = [tag("circle", cx=centre, cy=middle, r=158.0, class_="host")]
     places = []
     for index in range(routers):
         angle = 2 * math.pi * index / routers - math.pi / 2
-        places.append((centre + 74 * math.cos(angle), middle + 74 * math.sin(angle), math.cos(angle), math.sin(angle)))
+        dx, dy = math.cos(angle), math.sin(angle)
+        places.append((centre + distance * dx, middle + distance * dy, dx, dy))
     body += [_edge(places[a][:2], places[b][:2], "link c0") for a in range(routers) for b in range(a)]
     for index, (x, y, dx, dy) in enumerate(places):
         label = topology.routers_per_group if index == routers - 1 else index + 1
@@ -230,16 +235,9 @@ def _inside(topology: GroupedTopology) -> str:
             body.append(tag("circle", cx=hx, cy=hy, r=6.0, class_="device"))
         body.append(tag("circle", cx=x, cy=y, r=16.0, class_="box c0", **tipped(f"router {label}")))
         body.append(words(x, y + 4, f"{label}", "small", "middle"))
-    body.append(
-        words(
-            centre,
-            372,
-            f"one group: {topology.routers_per_group:,} routers with {topology.hosts_per_router} hosts each; "
-            f"inside: {topology.inside_link or 'all to all'}",
-            "soft",
-            "middle",
-        )
-    )
+    says = f"one group: {_many(topology.routers_per_group, 'router')}"
+    says += f" with {_many(topology.hosts_per_router, 'host')} each; inside: {topology.inside_link or 'all to all'}"
+    body.append(words(centre, 372, says, "soft", "middle"))
     return "".join(body)
 
 
@@ -263,13 +261,15 @@ def draw_torus(topology: TorusTopology) -> str:
     rows, columns = (1, *topology.sizes)[-2:]
     xs, ys = _centres(250, 620, columns, 6), _centres(34, 290 if rows > 1 else 70, rows, 4)
     body = []
+    # Between two hosts the way around is the link itself.
     for y in ys:
-        body.append(_bow((xs[0], y), (xs[0] - 110, y - 44), (xs[-1] + 110, y - 44), (xs[-1], y), "c0"))
+        if columns > 2:
+            body.append(_bow((xs[0], y), (xs[0] - 110, y - 44), (xs[-1] + 110, y - 44), (xs[-1], y), "c0"))
         body.append(line(xs[0], y, xs[-1], y, "link c0"))
     for x in xs:
-        if rows > 1:
+        if rows > 2:
             body.append(_bow((x, ys[0]), (x + 50, ys[0] - 60), (x + 50, ys[-1] + 60), (x, ys[-1]), "c1"))
-            body.append(line(x, ys[0], x, ys[-1], "link c1"))
+        body.append(line(x, ys[0], x, ys[-1], "link c1"))
     for row, y in enumerate(ys):
         for column, x in enumerate(xs):
             r = rows if row == len(ys) - 1 else row + 1
