@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cofire.cli.main import main
 from cofire.errors import PlanError
-from cofire.plan.pipeline import SCHEDULES, Schedule, make_schedule
-from cofire.plan.timeline import ChunkTimes, bubble_formula_s, simulate, trace_events
+from cofire.plan.pipeline import SCHEDULES, Schedule, count_stages, make_schedule
+from cofire.plan.timeline import ChunkTimes, bubble_formula_s, share_times, simulate, trace_events
 
 
 @st.composite
@@ -139,10 +139,12 @@ def test_1f1b_holds_one_activation_less_on_each_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"), [("1f1b", 1), ("interleaved", 3), ("zb1p", 1), ("dualpipe", 2), ("dualpipev", 2)]
+    ("name", "stages"), [("1f1b", 1), ("interleaved", 3), ("zb1p", 1), ("zbv", 2), ("dualpipe", 2), ("dualpipev", 2)]
 )
 def test_a_rank_holds_as_many_stages_as_the_schedule_copies(name: str, stages: int) -> None:
-    assert make_schedule(name, 4, 12, 3).stages_per_rank == stages
+    schedule = make_schedule(name, 4, 12, 3)
+    assert schedule.stages_per_rank == stages
+    assert count_stages(name, 4, 3) == len(schedule.ranks[0])
 
 
 @pytest.mark.parametrize(
@@ -215,3 +217,91 @@ def test_the_trace_has_every_slot_in_microseconds() -> None:
     assert len(spans) == len(timeline.spans)
     assert max(event["ts"] + event["dur"] for event in spans) == pytest.approx(timeline.makespan_s * 1e6)
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {f"rank {r}" for r in range(4)}
+
+
+# -- ZB-V ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16])
+def test_zbv_never_idles_between_its_first_and_last_chunk_where_f_i_and_w_are_equal(ranks: int) -> None:
+    """Section 6 of arXiv 2401.10241; rank r begins r forward chunks late, so each waits P - 1 of them in all."""
+    for micro in (2 * ranks - 1, 2 * ranks, 3 * ranks + 1):
+        schedule, each = make_schedule("zbv", ranks, micro), ChunkTimes(1, 2, 1)
+        timeline = simulate(schedule, each)
+        for rank in range(ranks):
+            own = [span for span in timeline.spans if span.rank == rank]
+            assert own[0].start_s == rank
+            assert own[-1].end_s - own[0].start_s == 6 * micro  # two stages of F, I and W
+        assert timeline.bubble_s == (ranks - 1,) * ranks == (bubble_formula_s(schedule, each),) * ranks
+
+
+@given(st.integers(1, 12), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_zbv_holds_no_more_activations_than_1f1b_for_any_number_of_micro_batches(ranks: int, micro: int) -> None:
+    schedule = make_schedule("zbv", ranks, micro)
+    peaks = simulate(schedule, ChunkTimes(1, 2, 1)).peak_activations
+    assert max(peaks) / schedule.chunks_per_pass <= max(simulate(make_schedule("1f1b", ranks, micro), ChunkTimes(1, 2))
+                                                        .peak_activations)  # fmt: skip
+    assert {chunk.micro_batch for order in schedule.slots for (chunk,) in order} == set(range(micro))
+
+
+# -- formulas -----------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(["zb1p", "dualpipe", "dualpipev"]), st.integers(1, 4), st.floats(0.1, 2), st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_split_backward_formulas_hold_where_i_equals_f_and_w_is_no_longer(
+    name: str, half: int, forward_s: float, share: float
+) -> None:
+    each = ChunkTimes(forward_s, forward_s * (1 + share), forward_s * share)
+    schedule = make_schedule(name, 2 * half, 4 * half + 2)
+    assert max(simulate(schedule, each).bubble_s) == pytest.approx(bubble_formula_s(schedule, each), abs=1e-9)
+
+
+def test_the_comparison_says_row_by_row_where_formula_and_simulation_disagree(capsys) -> None:
+    assert main(["plan", "pipeline"]) == 0
+    assert "its formula:" not in capsys.readouterr().out
+    assert main(["plan", "pipeline", "--set", "weight_s=0.5"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "its formula:" in line]
+    dual = next(line for line in lines if line.startswith("dualpipe:"))
+    assert dual == (
+        "dualpipe: the bubble is 1 below its formula: backward_s - weight_s is 1.5, not forward_s = 1"
+    )  # A.7: 9.5 simulated, 10.5 by formula
+    assert not any(line.startswith("1f1b") for line in lines)
+
+
+# -- stages that differ -------------------------------------------------------------------------------
+
+
+def test_a_bottleneck_stage_sets_the_pace_of_1f1b() -> None:
+    """Three equal stages and a head twice as long: M of the longest, and the others once on the way and back."""
+    each = ChunkTimes((1, 1, 1, 2), (2, 2, 2, 4))
+    timeline = simulate(make_schedule("1f1b", 4, 20), each)
+    assert timeline.makespan_s == 20 * 6 + 3 * 3
+    assert timeline.bubble_s == (69, 69, 69, 9)
+
+
+def test_equal_times_by_stage_are_the_same_as_one_time() -> None:
+    for name in ("1f1b", "zbv", "dualpipe", "dualpipev"):
+        stages = count_stages(name, 4)
+        schedule, one = make_schedule(name, 4, 10), ChunkTimes(1, 2.5, 0.7, 3, 0.1)
+        many = ChunkTimes([1] * stages, [2.5] * stages, [0.7] * stages, [3] * stages, 0.1)
+        assert simulate(schedule, many) == simulate(schedule, one)
+
+
+def test_a_pair_of_unlike_stages_hides_what_the_lesser_can() -> None:
+    each = ChunkTimes((1, 0.1), (2, 0.1), 0, (2, 0.1))
+    assert each.pair_s(0, 0) == 2
+    assert each.pair_s(1, 0) == pytest.approx(2.0)  # not below its longer half
+    assert each.pair_s(0, 1) == pytest.approx(1.0)
+
+
+def test_times_for_other_numbers_of_stages_are_refused_by_number() -> None:
+    with pytest.raises(PlanError, match="times for 3 stages, but it has 4; nearest: 4"):
+        simulate(make_schedule("1f1b", 4, 8), ChunkTimes((1, 1, 1), 2))
+    with pytest.raises(PlanError, match="2 and 3 stages"):
+        ChunkTimes((1, 1, 1), (2, 2))
+    with pytest.raises(PlanError, match="weight_s = 3"):
+        ChunkTimes((1, 1), (2, 4), 3)
+    with pytest.raises(PlanError, match="of chunks already"):
+        share_times(make_schedule("zbv", 2, 4), ChunkTimes((1, 1, 1, 1), 2))

@@ -172,8 +172,28 @@ def _print_comparison(rows: list[ScheduleCost], settings: PipelineSpec) -> None:
     out.print(table)
     for row in (row for row in rows if row.unfit):
         out.print(f"left out: {row.unfit}", markup=False, soft_wrap=True)
-    if settings.backward_s - settings.weight_s != settings.forward_s:
-        out.print("The formulas but the first two want backward_s - weight_s = forward_s; the simulation counts.")
+    for row in (row for row in rows if row.formula_gap_s):
+        out.print(_disagreement(row, settings), markup=False, highlight=False, soft_wrap=True)
+
+
+def _disagreement(row: ScheduleCost, settings: PipelineSpec) -> str:
+    """Say by how much a row's simulated bubble is off its formula, and which premise of the formula fails."""
+    forward_s, weight_s = settings.forward_s, settings.weight_s
+    input_s = settings.backward_s - weight_s
+    fewest = {"zb1p": settings.num_ranks, "zbv": 2 * settings.num_ranks - 1}.get(row.name, 1)
+    reasons = []
+    if settings.transfer_s:
+        reasons.append(f"transfer_s is {settings.transfer_s:g}, not 0")
+    if row.name not in ("1f1b", "interleaved"):
+        if input_s != forward_s:
+            reasons.append(f"backward_s - weight_s is {input_s:.4g}, not forward_s = {forward_s:g}")
+        if weight_s > forward_s or (row.name == "zbv" and weight_s < forward_s):
+            rule = "not" if row.name == "zbv" else "above"
+            reasons.append(f"weight_s is {weight_s:g}, {rule} forward_s = {forward_s:g}")
+    if settings.num_micro_batches < fewest:
+        reasons.append(f"{settings.num_micro_batches} micro-batches are fewer than {fewest}")
+    gap = f"{abs(row.formula_gap_s):.4g} {'above' if row.formula_gap_s > 0 else 'below'}"
+    return f"{row.name}: the bubble is {gap} its formula: {'; '.join(reasons) or 'as simulated'}"
 
 
 def _print_timeline(schedule: Schedule, times: ChunkTimes, timeline: Timeline, as_json: bool) -> None:
@@ -205,9 +225,7 @@ def _print_timeline(schedule: Schedule, times: ChunkTimes, timeline: Timeline, a
 
 
 def _write_trace(path: Path, timeline: Timeline) -> None:
-    import json
-
     from cofire.plan import trace_events
-    from cofire.spec.io import write_text
+    from cofire.sim.trace import write_trace
 
-    write_text(path, json.dumps({"traceEvents": trace_events(timeline)}))
+    write_trace(path, trace_events(timeline))

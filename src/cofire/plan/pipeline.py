@@ -7,15 +7,17 @@ rank a list of slots; a slot holds one chunk, or a forward and a backward chunk 
     1f1b          one forward, one backward (PipeDream-Flush)
     interleaved   several stages per rank, smaller chunks, smaller bubble (arXiv 2104.04473)
     zb1p          1F1B with the backward pass split in two; weight gradients fill the gaps (ZB-H1, arXiv 2401.10241)
+    zbv           two stages per rank, there and back; no gaps between equal F, I and W (ZB-V, arXiv 2401.10241, 6)
     dualpipe      both ends feed the pipeline; forward and backward chunks overlap (DeepSeek-V3 report, section 3.2.1)
     dualpipev     the same folded: half as many ranks, each with a stage of both halves, no copy of the weights
 
-Left out: ZB-V and schedules found by an integer program.
+Left out: schedules found by an integer program or by a search for given times; V-Half and V-Min of arXiv 2405.15362,
+which hold fewer activations than ZB-V.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -86,6 +88,16 @@ def make_schedule(name: str, num_ranks: int, num_micro_batches: int, stages_per_
     Raises:
         PlanError: The name is unknown or the numbers break the schedule's rule.
     """
+    check_numbers(name, num_ranks, num_micro_batches, stages_per_rank)
+    return SCHEDULES[name](num_ranks, num_micro_batches, stages_per_rank)
+
+
+def check_numbers(name: str, num_ranks: int, num_micro_batches: int, stages_per_rank: int = 2) -> None:
+    """Check a schedule's name and numbers without making it; arguments as of :func:`make_schedule`.
+
+    Raises:
+        PlanError: The name is unknown or the numbers break the schedule's rule.
+    """
     if name not in SCHEDULES:
         raise PlanError(f"schedule {name!r} is not known; known are {', '.join(SCHEDULES)}")
     if num_ranks < 1 or num_micro_batches < 1 or stages_per_rank < 1:
@@ -93,7 +105,35 @@ def make_schedule(name: str, num_ranks: int, num_micro_batches: int, stages_per_
             f"{name}: {num_ranks} ranks, {num_micro_batches} micro-batches and {stages_per_rank} stages per rank "
             "must all be at least 1"
         )
-    return SCHEDULES[name](num_ranks, num_micro_batches, stages_per_rank)
+    if name == "interleaved" and num_micro_batches % num_ranks:
+        near = max(1, round(num_micro_batches / num_ranks)) * num_ranks
+        raise PlanError(
+            f"interleaved: {num_micro_batches} micro-batches must be a multiple of the {num_ranks} ranks; "
+            f"nearest: {near}"
+        )
+    if name == "dualpipe" and (num_ranks % 2 or num_micro_batches % 2 or num_micro_batches < 2 * num_ranks):
+        ranks = num_ranks + num_ranks % 2
+        raise PlanError(
+            f"dualpipe: {num_ranks} ranks and {num_micro_batches} micro-batches must be even, with at least two "
+            f"micro-batches per rank; nearest: {ranks} ranks, "
+            f"{max(2 * ranks, num_micro_batches + num_micro_batches % 2)} micro-batches"
+        )
+    if name == "dualpipev" and num_micro_batches < 2 * num_ranks:
+        raise PlanError(
+            f"dualpipev: {num_micro_batches} micro-batches must be at least twice the {num_ranks} ranks; "
+            f"nearest: {2 * num_ranks}"
+        )
+
+
+def count_stages(name: str, num_ranks: int, stages_per_rank: int = 2) -> int:
+    """Return into how many stages a schedule cuts the model: the length of times that differ by stage.
+
+    Args:
+        name: One of :data:`SCHEDULES`.
+        num_ranks: Pipeline ranks.
+        stages_per_rank: For ``interleaved``.
+    """
+    return num_ranks * {"interleaved": stages_per_rank, "zbv": 2, "dualpipev": 2}.get(name, 1)
 
 
 def _one_f_one_b(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Schedule:
@@ -111,12 +151,6 @@ def _one_f_one_b(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -
 
 def _interleaved(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Schedule:
     """Rank r holds stages r, r + P, r + 2P ...; micro-batches go through in groups of P (arXiv 2104.04473, 2.2)."""
-    if num_micro_batches % num_ranks:
-        near = max(1, round(num_micro_batches / num_ranks)) * num_ranks
-        raise PlanError(
-            f"interleaved: {num_micro_batches} micro-batches must be a multiple of the {num_ranks} ranks; "
-            f"nearest: {near}"
-        )
     total = num_micro_batches * stages_per_rank
 
     def chunk(part: Part, rank: int, i: int) -> Chunk:
@@ -156,15 +190,49 @@ def _zb1p(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Sched
     return Schedule("zb1p", (tuple(range(num_ranks)),), tuple(slots))
 
 
+def _zbv(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Schedule:
+    """ZB-V: rank r holds stages r and 2P - 1 - r, and at most 2P chunks' activations, as much as 1F1B.
+
+    In equal steps of F, I and W, rank r runs the first stage's forwards until the first micro-batch is back, enters the
+    pattern F I W F I W over both stages in turn, and ends in I's that the weight gradients follow.
+    """
+    stages = tuple(min(stage, 2 * num_ranks - 1 - stage) for stage in range(2 * num_ranks))
+    # The pattern is that of a full pipeline; a shorter run is the same without the micro-batches that it lacks.
+    full = max(num_micro_batches, 2 * num_ranks - 1)
+    slots = []
+    for rank in range(num_ranks):
+        place, count = (rank, 2 * num_ranks - 1 - rank), Counter[tuple[Part, int]]()
+        order = []
+        for part, turn in _zbv_order(num_ranks, rank, full):
+            micro_batch = count[part, turn]
+            count[part, turn] += 1
+            if micro_batch < num_micro_batches:
+                order.append(Chunk(part, 0, place[turn], micro_batch))
+        slots.append(_alone(order))
+    return Schedule("zbv", (stages,), tuple(slots))
+
+
+def _zbv_order(num_ranks: int, rank: int, num_micro_batches: int) -> list[tuple[Part, int]]:
+    """Return the parts that a rank of ZB-V runs and on which of its two stages, for at least 2P - 1 micro-batches."""
+    behind = num_ranks - rank  # ranks from here to the turn of the V, this one counted
+    there: list[tuple[Part, int]] = [("F", 0), ("I", 0), ("W", 0)]
+    back: list[tuple[Part, int]] = [("F", 1), ("I", 1), ("W", 1)]
+    steady = num_micro_batches - (2 * num_ranks - 1 - rank)
+    return [
+        *[there[0]] * (2 * behind - 1),  # until the first micro-batch is back
+        *[back[0], there[0]] * rank,
+        *back * behind,  # gradients come back along the V
+        *[*there, *back] * steady,
+        *[*there[1:], *back] * (num_ranks - 1 - rank),  # no forward left to begin
+        *[there[1], back[1]] * rank,
+        *there[1:] * behind,
+        *[back[2]] * rank,
+        *[there[2]] * rank,
+    ]
+
+
 def _dualpipe(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Schedule:
     """Half of the micro-batches enter at rank 0, half at the last; ranks of the second half mirror the first."""
-    if num_ranks % 2 or num_micro_batches % 2 or num_micro_batches < 2 * num_ranks:
-        ranks = num_ranks + num_ranks % 2
-        raise PlanError(
-            f"dualpipe: {num_ranks} ranks and {num_micro_batches} micro-batches must be even, with at least two "
-            f"micro-batches per rank; nearest: {ranks} ranks, "
-            f"{max(2 * ranks, num_micro_batches + num_micro_batches % 2)} micro-batches"
-        )
     half, ways = num_ranks // 2, (tuple(range(num_ranks)), tuple(reversed(range(num_ranks))))
     slots = []
     for rank in range(num_ranks):
@@ -181,11 +249,6 @@ def _dualpipe(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> S
 
 def _dualpipev(num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Schedule:
     """Rank r holds stages r and 2P - 1 - r of one way; what DualPipe's other direction is, is the way back."""
-    if num_micro_batches < 2 * num_ranks:
-        raise PlanError(
-            f"dualpipev: {num_micro_batches} micro-batches must be at least twice the {num_ranks} ranks; "
-            f"nearest: {2 * num_ranks}"
-        )
     way = tuple(min(stage, 2 * num_ranks - 1 - stage) for stage in range(2 * num_ranks))
     slots = []
     for rank in range(num_ranks):
@@ -252,6 +315,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
     "1f1b": _one_f_one_b,
     "interleaved": _interleaved,
     "zb1p": _zb1p,
+    "zbv": _zbv,
     "dualpipe": _dualpipe,
     "dualpipev": _dualpipev,
 }
