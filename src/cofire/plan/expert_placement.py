@@ -31,6 +31,7 @@ _LEAST_GAIN = 1e-9
 _TIE_MARGIN = 1e-6
 # An incremental step lowers the sum of loads to this power: nearly the maximum, but it also sees ties.
 _POWER = 16
+_LARGEST_BITS = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,28 +299,30 @@ def _replicate(weights: Floats, num_extra: int, most: int | None) -> tuple[Ints,
         totals[totals == 0] = 1
     limit = num_extra if most is None else min(num_extra, most - 1)
     # The floor of a quotient is on average half below it; a higher threshold leaves fewer candidates to sort.
-    threshold = (totals / (num_extra + 0.4 * num_experts))[:, None]
+    threshold = (totals / (num_extra + 0.4 * num_experts)).astype(np.float32)[:, None]
     while True:
         quotient = single / threshold
         short = np.minimum(quotient.astype(np.int32), limit).sum(1) < num_extra
         if not short.any():
             break
-        threshold[short] *= 0.95
-    candidates = np.minimum((quotient * (1 + _TIE_MARGIN)).astype(np.int32), limit)
+        threshold[short] *= np.float32(0.9)
+    candidates = np.minimum((quotient * np.float32(1 + _TIE_MARGIN)).astype(np.int32), limit)
     has = np.flatnonzero(candidates)
     each = candidates.reshape(-1)[has]
-    last = np.cumsum(each)
     source = np.repeat(has, each)
-    nth = np.arange(1, len(source) + 1) - np.repeat(last - each, each)
-    per_row = candidates.sum(1)
+    steps = np.arange(len(source))
+    nth = steps - np.repeat(np.cumsum(each) - each, each) + 1
+    row = source // num_experts
+    per_row = np.bincount(row, minlength=rows)
     width = int(per_row.max())
-    place = np.arange(len(source)) + np.repeat(np.arange(rows) * width - np.cumsum(per_row) + per_row, per_row)
-    # The sign is turned so that an ascending, stable sort keeps the lower expert first among equals.
-    priority, expert = np.ones((rows, width), np.float32), np.zeros((rows, width), np.int64)
-    priority.reshape(-1)[place] = single.reshape(-1)[source] / -nth.astype(np.float32)
-    expert.reshape(-1)[place] = source % num_experts
-    order = np.argsort(priority, axis=1, kind="stable")[:, :num_extra]
-    extra = np.take_along_axis(expert, order, 1)
+    place = steps + (np.arange(rows) * width - np.cumsum(per_row) + per_row)[row]
+    # One integer per candidate sorts quotients downward (the bits of positive floats have their order), then experts
+    # upward, as the first of several largest is taken.
+    bits = (single.reshape(-1)[source] / nth.astype(np.float32)).view(np.int32)
+    keys = np.full((rows, width), np.iinfo(np.int64).max)
+    keys.reshape(-1)[place] = (_LARGEST_BITS - bits.astype(np.int64) << 32) + source - row * num_experts
+    keys.sort(axis=1)
+    extra = keys[:, :num_extra] & (2**32 - 1)
     return np.concatenate([first, extra], 1), 1 + _counts(extra, num_experts)
 
 
@@ -599,12 +602,17 @@ def _placement(
 ) -> Placement:
     layers, experts = weights.shape
     count = _counts(placed, experts)
-    # Slots sorted by expert; a small integer type lets numpy sort by radix.
-    order = np.argsort(placed.astype(np.min_scalar_type(experts - 1)), axis=1, kind="stable").ravel()
+    # Slots in the order of their expert. Expert and slot in one integer sort much faster than indices do.
+    bits = placed.shape[1].bit_length()
+    keys = (placed << bits) + np.arange(placed.shape[1])
+    keys = keys.astype(np.int32) if experts << bits < 2**31 else keys
+    keys.sort(axis=1)
+    expert, order = keys >> bits, keys & ((1 << bits) - 1)
+    expert = (expert + np.arange(layers)[:, None] * experts).ravel()
     most = int(count.max())
     slots = np.full((layers, experts, most), -1, np.int64)
     first = np.cumsum(count.ravel()) - count.ravel()
-    slots.reshape(-1)[np.repeat(np.arange(count.size) * most - first, count.ravel()) + np.arange(placed.size)] = order
+    slots.reshape(-1)[(np.arange(count.size) * most - first)[expert] + np.arange(placed.size)] = order.ravel()
     return Placement(
         num_devices=num_devices,
         num_nodes=nodes_and_groups[0],
