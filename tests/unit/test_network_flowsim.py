@@ -273,6 +273,13 @@ def test_flows_that_wait_are_told_apart_by_what_they_wait_for():
     assert simulate_flows(network, routes, flows).finish_s.tolist() == [1, 2, 2, 3]
 
 
+def test_a_queued_flow_starts_when_the_one_before_has_left_and_not_when_it_arrives():
+    network, routes = links_only([1.0]), rows([{0: 1.0}] * 3, 5.0)
+    flows = Flows(np.ones(3), before=np.array([0, 1]), after=np.array([1, 2]), queued=np.array([True, False]))
+    for merge in (True, False):
+        assert simulate_flows(network, routes, flows, merge=merge).finish_s.tolist() == [6, 7, 13]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.5, 20), min_size=1, max_size=8), st.floats(1, 5), st.floats(1, 4))
 def test_more_capacity_of_the_only_link_never_delays_anyone(sizes: list[float], capacity: float, factor: float):

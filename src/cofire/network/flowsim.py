@@ -43,6 +43,7 @@ class Flows:
         start_s: ``[num_flows]``, not earlier than this; empty: 0.
         before: ``[num_waits]``, a flow that must have arrived ...
         after: ``[num_waits]``, ... before this one starts.
+        queued: ``[num_waits]``, true where it is enough that the first has left, as in a sender's queue; empty: never.
         lane: ``[num_flows]``, traffic class; empty: all in one.
         receiver: ``[num_flows]``, who receives, for request-to-send; empty: nobody counts senders.
     """
@@ -51,6 +52,7 @@ class Flows:
     start_s: Floats = field(default_factory=lambda: np.zeros(0))
     before: Ints = field(default_factory=_no_ints)
     after: Ints = field(default_factory=_no_ints)
+    queued: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     lane: Ints = field(default_factory=_no_ints)
     receiver: Ints = field(default_factory=_no_ints)
 
@@ -58,6 +60,11 @@ class Flows:
     def num_flows(self) -> int:
         """Rows."""
         return len(self.size_bytes)
+
+    @property
+    def is_queued(self) -> NDArray[np.bool_]:
+        """``queued``, also where none is given."""
+        return self.queued if len(self.queued) else np.zeros(len(self.before), bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +173,8 @@ def simulate_flows(
         dead: list[Values] = [np.bincount(f.links, minlength=network.num_links) for f in failures]
         values: list[Values] = [flows.size_bytes, start, lane, *latencies]
         distinct = [uses for at, uses in enumerate(stages) if not at or uses is not stages[at - 1]]
-        classes = refine(distinct, values, [network.capacity_bytes_per_s, *dead], flows.before, flows.after)
+        waits = flows.before, flows.after, flows.is_queued
+        classes = refine(distinct, values, [network.capacity_bytes_per_s, *dead], waits)
     else:
         classes = single(flows.num_flows), single(network.num_links)
     run = _Run(network, flows, classes, stages, latencies, start, lane)
@@ -238,8 +246,8 @@ class _Run:
         stands[mine.first] = True
         own = stands[flows.after]
         before, after = mine.of[flows.before[own]], mine.of[flows.after[own]]
-        pairs = np.unique(before * max(self.num, 1) + after)
-        before, self.follower = pairs // max(self.num, 1), pairs % max(self.num, 1)
+        rows = np.unique(np.stack([before, after, flows.is_queued[own]], axis=1), axis=0)
+        before, self.follower, self.queued = rows[:, 0], rows[:, 1], rows[:, 2] > 0
         self.follower_start = np.searchsorted(before, np.arange(self.num + 1))
         self.waits = np.bincount(self.follower, minlength=self.num)
 
@@ -315,9 +323,10 @@ class _Run:
         ends = np.flatnonzero(done)
         count = self.follower_start[ends + 1] - self.follower_start[ends]
         within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        followers = self.follower[np.repeat(self.follower_start[ends], count) + within]
+        rows = np.repeat(self.follower_start[ends], count) + within
+        followers = self.follower[rows]
         self.waits -= np.bincount(followers, minlength=self.num)
-        np.maximum.at(self.release, followers, np.repeat(self.finish[ends], count))
+        np.maximum.at(self.release, followers, np.where(self.queued[rows], now, np.repeat(self.finish[ends], count)))
 
     def _result(self) -> FlowResult:
         mine, links = self.classes

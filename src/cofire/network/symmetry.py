@@ -23,8 +23,6 @@ from cofire.network.topology import Ints
 Words = NDArray[np.uint64]
 Values = NDArray[np.int64] | NDArray[np.float64]
 
-_WAIT = np.uint64(0x5851F42D4C957F2D)
-
 
 @dataclass(frozen=True, eq=False)
 class Classes:
@@ -42,7 +40,10 @@ class Classes:
 
 
 def refine(
-    stages: list[Uses], flow_values: list[Values], link_values: list[Values], before: Ints, after: Ints
+    stages: list[Uses],
+    flow_values: list[Values],
+    link_values: list[Values],
+    waits: tuple[Ints, Ints, NDArray[np.bool_]],
 ) -> tuple[Classes, Classes]:
     """Return the coarsest classes of flows and of links that never fare differently.
 
@@ -50,9 +51,10 @@ def refine(
         stages: Which flow crosses which link by which fraction, at first and after each change of routes.
         flow_values: Arrays ``[num_flows]`` of 64-bit values that flows of a class have in common.
         link_values: The same for links.
-        before: ``[num_waits]``, a flow that another waits for.
-        after: ``[num_waits]``, the flow that waits.
+        waits: Each ``[num_waits]``: a flow that another waits for, the flow that waits, and which kind of wait it is.
     """
+    before, after, kind = waits
+    wait = _mix(kind.astype(np.uint64) + np.uint64(0x5851F42D4C957F2D))
     flow, link = _signature(flow_values), _signature(link_values)
     user = np.concatenate([uses.flow for uses in stages])
     used = np.concatenate([uses.link for uses in stages])
@@ -64,9 +66,9 @@ def refine(
         # The old signature goes into the new one, so that classes only ever split.
         link = _mix(link + _mix(_gather(used, user, flow, part, len(link))))
         met = _mix(_gather(user, used, link, part, len(flow)))
-        waits = np.zeros_like(flow)
-        np.add.at(waits, after, _mix(flow[before] ^ _WAIT))
-        flow = _mix(flow + met + _mix(waits ^ _WAIT))
+        waited = np.zeros_like(flow)
+        np.add.at(waited, after, _mix(flow[before] ^ wait))
+        flow = _mix(flow + met + _mix(waited + np.uint64(1)))
         flows, links = _classes(flow), _classes(link)
         if len(flows.first) + len(links.first) == count:
             return flows, links
