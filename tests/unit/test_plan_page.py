@@ -54,6 +54,7 @@ from cofire.plan.page.scatter import MAX_POINTS, drawn_points, front, metric_sca
 from cofire.plan.page.timeline import MAX_SPANS, marks
 from cofire.plan.pipeline import make_schedule
 from cofire.plan.timeline import ChunkTimes, simulate
+from cofire.spec.figure import Figure
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = '<script>document.title="owned"</script>"\'&'
@@ -313,6 +314,14 @@ def test_every_number_carries_how_it_is_known():
     tile = text.split('class="tile"')[1].split("</div>")[0]
     assert "9.36 s to 11.4 s" in tile
     assert 'class="badge assumed"' in tile
+
+
+def test_figure_of_a_spec_keeps_its_interval_label_and_source():
+    figure = Figure(value=50e9, low=40e9, high=51e9, label="measured", source="a sweep")
+    tile = render_page(page_of(facts=(Fact("IB", Value.of(figure, "B/s", "modelled")),)))
+    assert "40 GB/s to 51 GB/s" in tile
+    assert 'title="40 GB/s to 51 GB/s\nmodelled, measured\na sweep"' in tile
+    assert '<span class="badge measured">' in tile.split('class="marks"')[1].split("</div>")[0]
 
 
 # -- what the records refuse ------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from cofire.errors import PlanError
-from cofire.spec.figure import Label
+from cofire.spec.figure import Figure, Label
 
 Basis = Literal["modelled", "simulated"]
 
@@ -46,6 +46,11 @@ class Value:
         _finite("a value of the page", self.value, *bounds)
         if not bounds[0] <= self.value <= bounds[1]:
             raise PlanError(f"value = {self.value:g} must lie between low = {bounds[0]:g} and high = {bounds[1]:g}")
+
+    @classmethod
+    def of(cls, figure: Figure, unit: str, basis: Basis | None = None) -> Self:
+        """Return a spec's figure, with its interval, label and source."""
+        return cls(figure.value, unit, figure.label, basis, figure.low, figure.high, figure.source)
 
 
 @dataclass(frozen=True)
