@@ -108,7 +108,7 @@ def test_the_simulation_is_the_longest_path_through_what_waits_for_what(
 
 
 def test_many_times_at_once_cost_what_each_costs_alone() -> None:
-    times = [ChunkTimes(1 + i / 7, 2, 0.5, None, i % 3 / 10) for i in range(20)]
+    times = [ChunkTimes(1 + i / 7, 2, 0.5, None, i % 3 / 10) for i in range(70)]
     for each, cost in zip(times, schedule_costs("zbv", 4, 100, times), strict=True):
         alone = schedule_cost("zbv", 4, 100, each)
         assert cost.makespan_s == pytest.approx(alone.makespan_s, rel=1e-12)

@@ -25,6 +25,7 @@ from cofire.plan.pipeline import Chunk, Schedule, Slot, check_numbers, count_sta
 from cofire.plan.timeline import ChunkTimes, check_stages, peak_held, slot_needs, slot_results
 
 _SAME = 1e-13  # spans that differ by less, of the time so far, are the same: 512 periods later it is still 1e-10
+_AT_ONCE = 64  # times; more only cost memory
 _At = tuple[int, int]  # rank and index of a slot
 
 
@@ -94,8 +95,10 @@ def schedule_costs(
         program = None if periods is None else _program(name, num_ranks, stages_per_rank, step, periods)
         if program is None or num_micro_batches < program.shortest:
             program = _whole(name, num_ranks, num_micro_batches, stages_per_rank)
-        costs = _run(program, num_micro_batches, [times[i] for i in open_ones])
-        found |= {i: cost for i, cost in zip(open_ones, costs, strict=True) if cost is not None}
+        for start in range(0, len(open_ones), _AT_ONCE):
+            some = open_ones[start : start + _AT_ONCE]
+            costs = _run(program, num_micro_batches, [times[i] for i in some])
+            found |= {i: cost for i, cost in zip(some, costs, strict=True) if cost is not None}
     return [found[i] for i in range(len(times))]
 
 
