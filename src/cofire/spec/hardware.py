@@ -67,7 +67,8 @@ class DeviceSpec(Spec):
 
     ``matrix_efficiency`` is the fraction of the peak that a large matrix product reaches, ``memory_efficiency`` the
     fraction of the memory bandwidth that element-wise kernels reach; ``kernel_latency_s`` is what each kernel costs
-    beside its work.
+    beside its work. ``communication_share`` is the part of the compute units that dispatch and combine take away while
+    they run beside computation.
     """
 
     name: str
@@ -75,9 +76,13 @@ class DeviceSpec(Spec):
     memory_bandwidth_bytes_per_s: PositiveFloat
     peak_flops_per_s: dict[Format, PositiveFloat]
     matrix_efficiency: Figure = _fraction(0.7, 0.55, 0.8)
+    fp8_matrix_efficiency: Figure | None = Field(
+        default=None, description="of FP8 products with fine-grained scaling; none: matrix_efficiency"
+    )
     attention_efficiency: Figure = _fraction(0.5, 0.35, 0.65)
     memory_efficiency: Figure = _fraction(0.8, 0.65, 0.9)
     kernel_latency_s: Figure = Figure(value=4e-6, low=2e-6, high=8e-6, source="rule of thumb")
+    communication_share: Figure = Figure(value=0.0, low=0.0, high=0.0, source="none taken")
     reserved_bytes: Annotated[float, Field(ge=0)] = Field(
         default=2e9, description="context, kernels and communication library"
     )

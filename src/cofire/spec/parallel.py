@@ -38,7 +38,12 @@ class ParallelSpec(Spec):
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     zero_stage: Annotated[NonNegative, Field(le=3)] = 1
     sequence_parallel: bool = True
-    overlap_experts: bool = Field(default=True, description="hide dispatch and combine behind computation")
+    attention_kernel: Literal["flash", "scores"] = Field(
+        default="flash", description="scores: a kernel that writes all attention scores to memory"
+    )
+    overlap_transfers: bool = Field(
+        default=True, description="send to the next stage beside computation; false: a stage waits for its transfers"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from cofire.spec.figure import Figure
 from cofire.spec.spec_type import Positive, Spec
 
 
@@ -31,6 +32,10 @@ class WorkloadSpec(Spec):
     context_length: Positive = 4096
     batch_size: Positive = 1
     weight_format: Literal["fp32", "bf16", "fp8"] = Field(default="bf16", description="weights in decoding")
+    expert_load_skew: Figure = Field(
+        default=Figure(value=1.2, low=1.05, high=1.5, source="a batch balanced by a bias; experts of a device even out"),
+        description="load of the fullest device over the mean, for routed experts spread over devices",
+    )
     cache_bytes_per_number: Annotated[int | float, Field(gt=0)] = 2
 
 
