@@ -217,9 +217,11 @@ def _direct(shape: Dragonfly | SlimFly | Torus | FullyConnected, ports_per_node:
     else:
         per_router, (tail, head) = shape.endpoints_per_switch, np.triu_indices(shape.num_switches, 1)
     endpoint, num_routers = np.arange(shape.num_endpoints), shape.counts().switches
-    plane = np.zeros(num_routers, np.int64)
+    # The groups of a dragonfly are what planes and zones are elsewhere.
+    per_group = shape.routers_per_group if isinstance(shape, Dragonfly) else num_routers
+    group, router = np.arange(num_routers) // per_group, endpoint // per_router
     level = np.ones(num_routers, np.int64)
-    wiring = _Wiring(endpoint // per_router, level, plane, endpoint // ports_per_node, np.zeros_like(endpoint))
+    wiring = _Wiring(router, level, group, endpoint // ports_per_node, group[router])
     wiring.join(tail, head)
     return wiring
 

@@ -1,9 +1,10 @@
 """Which links a flow uses: ECMP, static and adaptive routing, and plane-affine forwarding inside a node.
 
-All three keep to shortest paths. ``ecmp`` hashes each flow at each switch to one way on, so that flows collide.
-``static`` chooses by the destination (D-mod-k), so that no shift permutation collides on a full fat tree. ``adaptive``
-spreads a flow evenly over all its shortest paths (arXiv 2505.09343, section 5.2.2 and figure 8). A device that
-sends to a port of another plane first forwards inside its node (the same paper, section 5.1; PXN in NCCL).
+All three keep to shortest paths, and leave a group of a dragonfly once at most. ``ecmp`` hashes each flow at each
+switch to one way on, so that flows collide. ``static`` chooses by the destination (D-mod-k), so that no shift
+permutation collides on a full fat tree. ``adaptive`` spreads a flow evenly over all its shortest paths (arXiv
+2505.09343, section 5.2.2 and figure 8). A device that sends to a port of another plane first forwards inside its node
+(the same paper, section 5.1; PXN in NCCL).
 
 Left out: paths that are not shortest (Valiant routing on a dragonfly), deadlocks, and reaction to load.
 """
@@ -20,6 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from cofire.errors import PlanError
 from cofire.network.topology import Floats, Ints, Network
 from cofire.spec.hardware import Routing
+
+# A link from one group (zone) to another counts as three, so that of a dragonfly's paths the shortest is always
+# local, global, local, and never through a third group.
+_BETWEEN_PLANES = 3
 
 # Entries of the table of (destination switch, cable) that is held at once.
 _TABLE_ENTRIES = 20_000_000
@@ -234,6 +239,7 @@ class _Fabric:
         lane: ``[num_lanes]``, the link of every cable.
         head: ``[num_lanes]``, switch that it enters, counted without the endpoints.
         tail: ``[num_lanes]``.
+        weight: ``[num_lanes]``.
         start: ``[num_switches + 1]``, lanes of a switch.
     """
 
@@ -260,6 +266,8 @@ class _Fabric:
             between = np.repeat(between, network.cables[between])
         self.lane = between
         self.tail, self.head = tail[between] - endpoints, head[between] - endpoints
+        plane = network.plane[endpoints:]
+        self.weight = np.where(plane[self.tail] == plane[self.head], 1, _BETWEEN_PLANES)
         self.start = np.searchsorted(self.tail, np.arange(network.num_switches + 1))
 
 
@@ -300,7 +308,7 @@ class _Table:
     """The ways on toward some destination switches; rows are those switches, columns all switches.
 
     Attributes:
-        distance: Hops; -1: unreachable.
+        distance: Sum of weights of the shortest path; -1: unreachable.
         begin: First of the ways on in ``way``.
         count: How many.
         way: Lanes.
@@ -320,31 +328,34 @@ def _table(fabric: _Fabric, targets: Ints, counted: bool) -> _Table:
     distance = np.full((rows, num_switches), -1, np.int64)
     distance[np.arange(rows), targets] = 0
     sending = np.flatnonzero(np.diff(fabric.start))
-    frontier, hops = distance == 0, 0
-    while num_lanes and frontier.any():
-        hops += 1
-        near = np.zeros_like(frontier)
-        near[:, sending] = np.logical_or.reduceat(frontier[:, fabric.head], fabric.start[sending], axis=1)
-        frontier = near & (distance < 0)
-        distance[frontier] = hops
-    onward = distance[:, fabric.tail] - 1 == distance[:, fabric.head]
-    onward &= distance[:, fabric.tail] > 0
+    cost, reached = 0, 0
+    while len(sending) and cost <= reached + fabric.weight.max():
+        cost += 1
+        beyond = distance[:, fabric.head]
+        moved = (beyond >= 0) & (beyond == cost - fabric.weight)
+        found = np.zeros(distance.shape, bool)
+        found[:, sending] = np.logical_or.reduceat(moved, fabric.start[sending], axis=1)
+        found &= distance < 0
+        distance[found] = cost
+        reached = cost if found.any() else reached
+    beyond, here = distance[:, fabric.head], distance[:, fabric.tail]
+    onward = (beyond >= 0) & (beyond == here - fabric.weight)
     flat = np.concatenate([[0], np.cumsum(onward.ravel())])
     edge = np.arange(rows)[:, None] * num_lanes + fabric.start
     begin = flat[edge]
     way = np.flatnonzero(onward.ravel()) % max(num_lanes, 1)
-    paths = _paths(fabric, distance, onward, hops) if counted else np.zeros((0, 0))
+    paths = _paths(fabric, distance, onward) if counted else np.zeros((0, 0))
     return _Table(distance, begin[:, :-1], np.diff(begin, axis=1), way, paths)
 
 
-def _paths(fabric: _Fabric, distance: Ints, onward: NDArray[np.bool_], hops: int) -> Floats:
+def _paths(fabric: _Fabric, distance: Ints, onward: NDArray[np.bool_]) -> Floats:
     paths = (distance == 0).astype(np.float64)
     sending = np.flatnonzero(np.diff(fabric.start))
-    for hop in range(1, hops):
+    for cost in range(1, int(distance.max()) + 1):
         weight = np.where(onward, paths[:, fabric.head], 0.0)
         total = np.zeros_like(paths)
         total[:, sending] = np.add.reduceat(weight, fabric.start[sending], axis=1)
-        paths = np.where(distance == hop, total, paths)
+        paths = np.where(distance == cost, total, paths)
     return paths
 
 
@@ -372,7 +383,8 @@ def _route(fabric: _Fabric, source: Ints, destination: Ints, routing: Routing, s
 
 def _blocks(fabric: _Fabric, destination: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
     """Yield flows, the switches that they go to, and which of these each goes to: as many as the table holds."""
-    targets, row = np.unique(fabric.attach[destination] - fabric.network.num_endpoints, return_inverse=True)
+    network = fabric.network
+    targets, row = _distinct(fabric.attach[destination] - network.num_endpoints, network.num_switches)
     size = max(1, _TABLE_ENTRIES // max(1, len(fabric.lane)))
     if len(targets) <= size:
         yield np.arange(len(destination)), targets, row
@@ -419,6 +431,13 @@ def _digits(fabric: _Fabric) -> Digits:
     return local, width, place[switch], places[switch]
 
 
+def _distinct(values: Ints, limit: int) -> tuple[Ints, Ints]:
+    """Like ``np.unique`` with the inverse, without sorting: for many values below a small limit."""
+    present = np.zeros(limit, bool)
+    present[values] = True
+    return np.flatnonzero(present), (np.cumsum(present) - 1)[values]
+
+
 def _rank(group: Ints) -> tuple[Ints, Ints]:
     """Return each member's rank in its group, and the group's size."""
     order = np.argsort(group, kind="stable")
@@ -434,13 +453,14 @@ def _single(fabric: _Fabric, table: _Table, row: Ints, source: Ints, destination
     network = fabric.network
     here = fabric.attach[source] - network.num_endpoints
     moving = source != destination
-    hops = np.where(moving, table.distance[row, here], -2)
-    links = np.full((len(source), hops.max(initial=0) + 2), -1, np.int64)
-    links[moving, 0] = fabric.port_link[source[moving]]
-    walking = np.flatnonzero(hops > 0)
+    ends = np.full((len(source), 2), -1, np.int64)
+    ends[moving, 0] = fabric.port_link[source[moving]]
+    ends[moving, 1] = fabric.port_link[destination[moving]] ^ 1
+    columns = [ends[:, :1]]
+    walking = np.flatnonzero(moving & (table.distance[row, here] > 0))
     here = here[walking]
     flow_hash = _mix(_mix(source, destination), np.asarray(rule)) if isinstance(rule, int) else source
-    for hop in range(links.shape[1] - 2):
+    while len(walking):
         at = row[walking]
         count, begin = table.count[at, here], table.begin[at, here]
         if isinstance(rule, int):
@@ -449,12 +469,12 @@ def _single(fabric: _Fabric, table: _Table, row: Ints, source: Ints, destination
             up_to = fabric.head[table.way[begin]]
             choice = _by_destination(fabric, here, up_to, count, [digit[destination[walking]] for digit in rule])
         lane = table.way[begin + choice]
-        links[walking, hop + 1] = fabric.lane[lane]
+        column = np.full((len(source), 1), -1, np.int64)
+        column[walking, 0] = fabric.lane[lane]
+        columns.append(column)
         on = table.distance[at, fabric.head[lane]] > 0
         here, walking = fabric.head[lane][on], walking[on]
-    # The last link stands behind the walk, whose length differs.
-    rows = np.flatnonzero(moving)
-    links[rows, hops[rows] + 1] = fabric.port_link[destination[rows]] ^ 1
+    links = np.concatenate([*columns, ends[:, 1:]], axis=1)
     used = links >= 0
     latency = np.append(network.latency_s, 0.0)[links].sum(axis=1)
     start = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
@@ -479,7 +499,7 @@ def _spread(fabric: _Fabric, table: _Table, row: Ints, source: Ints, destination
     network = fabric.network
     num_switches = network.num_switches
     here = fabric.attach[source] - network.num_endpoints
-    pairs, pair = np.unique(row * num_switches + here, return_inverse=True)
+    pairs, pair = _distinct(row * num_switches + here, len(table.distance) * num_switches)
     inner = _spread_pairs(fabric, table, *np.divmod(pairs, num_switches))
     moving = source != destination
     counts = np.where(moving, np.diff(inner.start)[pair], 0)

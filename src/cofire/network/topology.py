@@ -32,7 +32,8 @@ class Network:
         head: ``[num_links]``, vertex that it enters.
         capacity_bytes_per_s: ``[num_links]``.
         latency_s: ``[num_links]``, of the cable and of the switch that it enters.
-        plane: ``[num_endpoints + num_switches]``, plane (or rail, or zone) of each vertex.
+        plane: ``[num_endpoints + num_switches]``, plane (or rail, zone, dragonfly group) of each
+            vertex.
         node: ``[num_endpoints]``, the host that a port belongs to.
         level: ``[num_endpoints + num_switches]``: 0 endpoints, 1 leaves or routers, 2 spines, 3 cores, ``SCALE_UP`` the
             switch of a node's fast links (these come last).
