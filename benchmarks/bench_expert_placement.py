@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", type=Path, help="the public script, eplb.py")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--case", choices=[*CASES], action="append", help="only these; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     peer = load_peer(arguments.peer) if arguments.peer else None
@@ -115,12 +116,13 @@ def main() -> None:
     new = load * rng.lognormal(0, 0.2, load.shape)
     print("| case | side | ms, median | ms, quartiles | times the public script | max/mean, mean of layers | worst |")
     print("|---|---|---|---|---|---|---|")
-    for case in CASES:
+    cases = arguments.case or list(CASES)
+    for case in cases:
         bench_case(case, load, peer, arguments.repeats)
     print("\n| case | update ms | max/mean, kept | updated | planned anew | moves | moves anew |")
     print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        bench_update(case, load, new, max(2, arguments.repeats // 3))
+    for case in cases:
+        bench_update(case, load, new, min(arguments.repeats, 3))
 
 
 if __name__ == "__main__":
