@@ -567,20 +567,8 @@ def test_quantity_reads_as_an_engineer_writes_it(value, unit, text):
     assert shown(value, unit) == text
 
 
-def told(schedule: TimeLine, rank: int, share: float) -> list[str]:
-    """Return what is under the mouse on a rank, at a share of the makespan; of idle time nothing is said but that."""
-    at_s = share * schedule.makespan_s
-    for span in schedule.spans:
-        if span.rank == rank and span.start_s <= at_s < span.end_s:
-            chunks = [f"{part} of stage {stage}, micro-batch {batch}" for part, stage, batch in span.chunks]
-            return [f"rank {rank}", *chunks]
-    return []
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_browser_shows_values_hides_series_sorts_and_changes_axes(tmp_path):
-    # Everything that the script does, once; what it leads to is read from the page afterwards.
-    act = """<script>
+# Everything that the script does, once; what it leads to is read from the page afterwards.
+ACT = """<script>
       window.addEventListener("error", (event) => document.body.append("FA" + "ULT " + event.message));
       const seen = {}, at = (id) => document.getElementById("figure-" + id);
       const tip = () => document.querySelector(".tip").textContent;
@@ -617,9 +605,23 @@ def test_browser_shows_values_hides_series_sorts_and_changes_axes(tmp_path):
       seen.lit = at(10).querySelectorAll(".lit").length;
       document.body.append("SE" + "EN" + JSON.stringify(seen) + "EN" + "D");
     </script></body>"""
+
+
+def told(schedule: TimeLine, rank: int, share: float) -> list[str]:
+    """Return what is under the mouse on a rank, at a share of the makespan; of idle time nothing is said but that."""
+    at_s = share * schedule.makespan_s
+    for span in schedule.spans:
+        if span.rank == rank and span.start_s <= at_s < span.end_s:
+            chunks = [f"{part} of stage {stage}, micro-batch {batch}" for part, stage, batch in span.chunks]
+            return [f"rank {rank}", *chunks]
+    return []
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_browser_shows_values_hides_series_sorts_and_changes_axes(tmp_path):
     copy = tmp_path / "act.html"
     text = render_page(WHOLE)
-    copy.write_text(text.replace("</body>", act), "ascii")
+    copy.write_text(text.replace("</body>", ACT), "ascii")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--disable-background-networking", "--no-first-run", "--disable-component-update", "--disable-sync"]
     command = [str(BROWSER), *flags, "--window-size=1300,900", "--dump-dom", copy.as_uri()]
