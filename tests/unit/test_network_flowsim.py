@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cofire.errors import PlanError
+from cofire.network.builders import LinkSpeed, build
 from cofire.network.flowsim import (
     LANE_SHARES,
     LANES,
@@ -15,11 +16,13 @@ from cofire.network.flowsim import (
     Flows,
     SendControl,
     _uses,
+    link_name,
     simulate_flows,
     trace_events,
 )
 from cofire.network.max_min import Uses, max_min_rates, shared_rates
-from cofire.network.routing import Routes
+from cofire.network.routing import Routes, route
+from cofire.network.shapes import FatTree
 from cofire.network.topology import Network
 
 
@@ -249,6 +252,76 @@ def test_random_sizes_over_a_leaf_spine_network_equal_the_slow_simulator():
     flows = Flows(np.random.default_rng(2).uniform(10, 100, len(paths)))
     slow = slow_finish(network, paths, [1e-3] * len(paths), flows)
     np.testing.assert_allclose(simulate_flows(network, rows(paths, 1e-3), flows).finish_s, slow, rtol=1e-9)
+
+
+def levels(capacity: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Max-min rates by one linear program per level: flows whose least rate has a price cannot rise."""
+    optimize = pytest.importorskip("scipy.optimize")
+    num = matrix.shape[1]
+    rate = np.full(num, np.nan)
+    while np.isnan(rate).any():
+        open_flows = np.flatnonzero(np.isnan(rate))
+        room = capacity - matrix[:, ~np.isnan(rate)] @ rate[~np.isnan(rate)]
+        links = np.hstack([matrix[:, open_flows], np.zeros((len(capacity), 1))])
+        least = np.hstack([-np.eye(len(open_flows)), np.ones((len(open_flows), 1))])
+        limits = np.concatenate([np.maximum(room, 0), np.zeros(len(open_flows))])
+        cost = np.zeros(len(open_flows) + 1)
+        cost[-1] = -1
+        found = optimize.linprog(cost, np.vstack([links, least]), limits, method="highs")
+        assert found.status == 0, found.message
+        rate[open_flows[found.ineqlin.marginals[len(capacity) :] < -1e-9]] = -found.fun
+    return rate
+
+
+def ecmp(num_flows: int, seed: int) -> tuple[Network, Routes]:
+    """Random pairs of 64 endpoints in a fat tree, hashed onto its spines."""
+    network = build(FatTree(64, 16, 2, 1.0, 1, 1), LinkSpeed(50.0, 1.0, 2.0))
+    random = np.random.default_rng(seed)
+    source = random.integers(0, 64, num_flows)
+    return network, route(network, source, (source + random.integers(1, 64, num_flows)) % 64, "ecmp", seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rates_of_200_hashed_flows_between_64_endpoints_equal_linear_programs(seed: int):
+    network, routes = ecmp(200, seed)
+    uses = _uses(routes)
+    matrix = np.zeros((network.num_links, 200))
+    matrix[uses.link, uses.flow] = uses.load
+    rate = max_min_rates(uses, network.capacity_bytes_per_s, 200)
+    np.testing.assert_allclose(rate, levels(network.capacity_bytes_per_s, matrix), rtol=1e-6)
+    assert len(np.unique(np.round(rate, 6))) > 5
+
+
+def test_hashed_flows_of_many_sizes_between_64_endpoints_equal_the_slow_simulator():
+    network, routes = ecmp(40, 7)
+    paths = [dict.fromkeys(map(int, routes.link[routes.start[f] : routes.start[f + 1]]), 1.0) for f in range(40)]
+    flows = Flows(np.random.default_rng(5).uniform(10, 1000, 40))
+    slow = slow_finish(network, paths, routes.latency_s.tolist(), flows)
+    np.testing.assert_allclose(simulate_flows(network, routes, flows).finish_s, slow, rtol=1e-9)
+
+
+def test_a_coarse_clock_is_never_early_loses_no_bytes_and_saves_events():
+    network, routes, pairs = leaf_spine(4, 4, 4)
+    flows = Flows(np.random.default_rng(3).uniform(1, 2, len(pairs)))
+    exact = simulate_flows(network, routes, flows)
+    coarse = simulate_flows(network, routes, flows, resolution_s=exact.makespan_s / 100)
+    assert coarse.num_events < exact.num_events / 2
+    assert exact.makespan_s <= coarse.makespan_s <= 1.02 * exact.makespan_s
+    np.testing.assert_allclose(coarse.link_bytes, exact.link_bytes, rtol=1e-9)
+    assert (coarse.link_peak <= 1 + 1e-9).all()
+
+
+def test_links_are_named_by_what_they_join():
+    network = build(FatTree(16, 4, 2, 1.0, 2, 2), LinkSpeed(1.0, scale_up_bandwidth_bytes_per_s=2.0))
+    names = [link_name(network, link) for link in range(network.num_links)]
+    assert names[:4] == [
+        "port 0 of node 0 -> leaf 0 of plane 0",
+        "leaf 0 of plane 0 -> port 0 of node 0",
+        "port 1 of node 0 -> leaf 0 of plane 1",
+        "leaf 0 of plane 1 -> port 1 of node 0",
+    ]
+    assert "leaf 3 of plane 1 -> spine 1 of plane 1" in names
+    assert names[-1] == "fast links 7 -> port 1 of node 7"
 
 
 def test_equal_flows_of_all_to_all_are_simulated_once_per_class_with_the_same_result():

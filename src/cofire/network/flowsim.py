@@ -145,6 +145,7 @@ def simulate_flows(
     control: SendControl | None = None,
     failures: tuple[Failure, ...] = (),
     merge: bool = True,
+    resolution_s: float = 0.0,
 ) -> FlowResult:
     """Run flows over a network.
 
@@ -156,6 +157,8 @@ def simulate_flows(
         control: Request-to-send at the flows' receivers. Then flows are not merged, since a queue tells them apart.
         failures: In any order.
         merge: Simulate flows that fare alike once.
+        resolution_s: Rates stay for at least this long, so that flows of many sizes cost few events. What a flow
+            leaves is then given to others up to that much later: results are never too early, bytes stay exact.
 
     Raises:
         PlanError: Sizes do not agree, a lane has no share, or flows wait for each other in a circle.
@@ -178,7 +181,7 @@ def simulate_flows(
     else:
         classes = single(flows.num_flows), single(network.num_links)
     run = _Run(network, flows, classes, stages, latencies, start, lane)
-    return run.go(lane_shares, control, failures)
+    return run.go(lane_shares, control, failures, resolution_s)
 
 
 def _uses(routes: Routes) -> Uses:
@@ -252,7 +255,11 @@ class _Run:
         self.waits = np.bincount(self.follower, minlength=self.num)
 
     def go(
-        self, lane_shares: tuple[float, ...], control: SendControl | None, failures: tuple[Failure, ...]
+        self,
+        lane_shares: tuple[float, ...],
+        control: SendControl | None,
+        failures: tuple[Failure, ...],
+        resolution_s: float,
     ) -> FlowResult:
         """Step from event to event until every flow has arrived or can never arrive."""
         now, stage, dead = 0.0, 0, 0
@@ -271,17 +278,17 @@ class _Run:
             self.num_events += 1
             with np.errstate(divide="ignore", invalid="ignore"):
                 need = np.where(active, np.where(self.left > 0, self.left / rate, 0.0), np.inf)
-            ends = now + need.min(initial=np.inf)
             ahead = (self.waits == 0) & ~self.sent & (self.release > now)
-            until = min(ends, self.release[ahead].min(initial=np.inf))
+            until = min(now + need.min(initial=np.inf), self.release[ahead].min(initial=np.inf))
+            until = max(until, now + resolution_s)
             if dead < len(failures):
                 until = min(until, failures[dead].time_s)
             if not np.isfinite(until):
                 break
-            self._advance(sending, rate, until - now)
             # The second part holds where the step is lost in the rounding of the clock.
             done = active & ((need <= (until - now) * (1 + _TIE)) | (now + need <= until))
-            self._arrive(done, until, self.latencies[stage] + (control.grant_s if control else 0.0))
+            self._advance(sending, rate, np.where(done, need, until - now), until - now)
+            self._arrive(done, now + need, self.latencies[stage] + (control.grant_s if control else 0.0))
             now = until
         if (self.waits[~self.sent] > 0).all() and not self.sent.all():
             stuck = int(self.classes[0].size[~self.sent].sum())
@@ -306,27 +313,28 @@ class _Run:
         busy = np.bincount(self.flows.receiver[active[self.classes[0].of]])
         self.senders_peak = max(self.senders_peak, int(busy.max(initial=0)))
 
-    def _advance(self, sending: Uses, rate: Floats, step_s: float) -> None:
+    def _advance(self, sending: Uses, rate: Floats, busy_s: Floats, step_s: float) -> None:
         finite = np.where(np.isfinite(rate), rate, 0.0)
-        load = sending.on_links(finite, self.num_links)
-        self.link_bytes += load * step_s
-        part = np.divide(load, self.capacity, out=np.zeros_like(load), where=self.capacity > 0)
+        moved = finite * np.where(finite > 0, busy_s, 0.0)
+        self.link_bytes += sending.on_links(moved, self.num_links)
         if step_s > 0:
+            load = sending.on_links(finite, self.num_links)
+            part = np.divide(load, self.capacity, out=np.zeros_like(load), where=self.capacity > 0)
             self.link_peak = np.maximum(self.link_peak, part)
             self.link_full += np.where(part >= 1 - _TIE, step_s, 0.0)
-        self.left = np.maximum(self.left - finite * step_s, 0.0)
+        self.left = np.maximum(self.left - moved, 0.0)
 
-    def _arrive(self, done: NDArray[np.bool_], now: float, latency: Floats) -> None:
+    def _arrive(self, done: NDArray[np.bool_], at: Floats, latency: Floats) -> None:
         self.sent |= done
         self.left[done] = 0.0
-        self.finish[done] = now + latency[done]
+        self.finish[done] = at[done] + latency[done]
         ends = np.flatnonzero(done)
         count = self.follower_start[ends + 1] - self.follower_start[ends]
         within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         rows = np.repeat(self.follower_start[ends], count) + within
-        followers = self.follower[rows]
+        followers, before = self.follower[rows], np.repeat(ends, count)
         self.waits -= np.bincount(followers, minlength=self.num)
-        np.maximum.at(self.release, followers, np.where(self.queued[rows], now, np.repeat(self.finish[ends], count)))
+        np.maximum.at(self.release, followers, np.where(self.queued[rows], at[before], self.finish[before]))
 
     def _result(self) -> FlowResult:
         mine, links = self.classes
@@ -361,3 +369,24 @@ def trace_events(result: FlowResult, track: Ints, names: list[str] | None = None
         events.append({"ph": "b", "ts": begin * 1e6, **shared})
         events.append({"ph": "e", "ts": end * 1e6, **shared})
     return events
+
+
+def link_name(network: Network, link: int) -> str:
+    """Return what a link joins, for people: ``leaf 3 of plane 1 -> spine 0 of plane 1``.
+
+    Switches are counted within their plane and level.
+    """
+    return f"{_vertex_name(network, int(network.tail[link]))} -> {_vertex_name(network, int(network.head[link]))}"
+
+
+def _vertex_name(network: Network, vertex: int) -> str:
+    level, plane = int(network.level[vertex]), int(network.plane[vertex])
+    if level == 0:
+        node = int(network.node[vertex])
+        return f"port {int((network.node[:vertex] == node).sum())} of node {node}"
+    alike = (network.level == level) & (network.plane == plane)
+    alike[: network.num_endpoints] = False
+    number = int(alike[:vertex].sum())
+    if level < 0:
+        return f"fast links {number}"
+    return f"{('leaf', 'spine', 'core')[min(level, 3) - 1]} {number} of plane {plane}"
