@@ -3,7 +3,8 @@
 ``--peer PATH`` is the public script (one file, which needs PyTorch); it is loaded from where it lies and is no part of
 Cofire. Both sides get the same loads and return the same three tables. Sides take turns within each repeat, so that a
 slow moment of the machine hits both. Before anything is timed, our greedy plan must be the peer's, slot by slot, and
-no layer of our plan may be less even than the peer's. Figures are medians with the interquartile range.
+no layer of our plan may be less even than the peer's. Figures are medians with the interquartile range, of processor
+time: both sides use one thread, and what else runs on the machine weighs less.
 
     h800-32     58 layers x 256 experts, 288 replicas, 8 groups, 4 nodes, 32 devices (hierarchical)
     h800-320    58 layers x 256 experts, 320 replicas, 40 nodes, 320 devices (global: 8 groups, 40 nodes)
@@ -43,9 +44,9 @@ def time_turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
         call()
     for _ in range(repeats):
         for name, call in sides.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return seconds
 
 
