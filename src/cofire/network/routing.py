@@ -134,7 +134,7 @@ def device_routes(
     """
     fabric = _Fabric(network, failed_links, failed_switches, failed_planes)
     ports = _Ports(network)
-    source, destination = ports.at(*sources), ports.at(*destinations)
+    source, destination = np.broadcast_arrays(*(np.atleast_1d(ports.at(*ends)) for ends in (sources, destinations)))
     flow, leave, arrive = _relays(fabric, ports, source, destination, routing)
     part = 1.0 / np.bincount(flow, minlength=len(source))[flow]
     source, destination = source[flow], destination[flow]
@@ -171,6 +171,10 @@ class _Ports:
         self._order = np.argsort(network.node, kind="stable")
         self.count = np.bincount(network.node)
         self._first = np.cumsum(self.count) - self.count
+        self._plane = network.plane
+        self._on_plane = np.full((len(self.count), network.plane.max() + 1), -1, np.int64)
+        back = np.arange(network.num_endpoints)[::-1]
+        self._on_plane[network.node[back], network.plane[back]] = back
 
     def at(self, nodes: ArrayLike, indices: ArrayLike) -> Ints:
         node, index = np.broadcast_arrays(np.asarray(nodes, np.int64), np.asarray(indices, np.int64))
@@ -181,6 +185,11 @@ class _Ports:
                 f"{len(self.count) - 1}, devices count from 0"
             )
         return self._order[self._first[node] + index % self.count[node]]
+
+    def on_plane(self, node: Ints, plane: Ints, index: Ints) -> Ints:
+        """Return the node's port of this index if it is on the plane, else the first that is, else -1."""
+        wish = self.at(node, index)
+        return np.where(self._plane[wish] == plane, wish, self._on_plane[node, plane])
 
     def index(self, port: Ints, node: Ints) -> Ints:
         place = np.empty_like(self._order)
@@ -196,18 +205,23 @@ def _relays(
     nodes = network.node[source], network.node[destination]
     plane = network.plane
     flow, leave, arrive = np.arange(len(source)), source.copy(), destination.copy()
-    twin = ports.at(nodes[0], ports.index(destination, nodes[1]))
-    forwarded = (plane[source] != plane[destination]) & (plane[twin] == plane[destination]) & (fabric.fast[source] >= 0)
-    leave[forwarded] = twin[forwarded]
+    apart = (plane[source] != plane[destination]) & (nodes[0] != nodes[1])
+    twin = ports.on_plane(nodes[0], plane[destination], ports.index(destination, nodes[1]))
+    first = apart & (twin >= 0) & (fabric.fast[source] >= 0)
+    leave[first] = twin[first]
+    # A source without a port there (one zone only) may meet the destination's other port.
+    twin = ports.on_plane(nodes[1], plane[source], ports.index(source, nodes[0]))
+    last = apart & ~first & (twin >= 0) & (fabric.fast[destination] >= 0)
+    arrive[last] = twin[last]
     dead = (nodes[0] != nodes[1]) & ~(fabric.port_alive[leave] & fabric.port_alive[arrive])
     if not dead.any():
         return flow, leave, arrive
 
     choices = np.arange(ports.count.max())
-    first, last = nodes[0][dead][:, None], nodes[1][dead][:, None]
-    out, into = ports.at(first, choices), ports.at(last, choices)
+    ours, theirs = nodes[0][dead][:, None], nodes[1][dead][:, None]
+    out, into = ports.at(ours, choices), ports.at(theirs, choices)
     usable = fabric.port_alive[out] & fabric.port_alive[into] & (plane[out] == plane[into])
-    usable &= (choices < ports.count[first]) & (choices < ports.count[last])
+    usable &= (choices < ports.count[ours]) & (choices < ports.count[theirs])
     # Without fast links only the device's own port will do.
     usable &= (fabric.fast[out] >= 0) | (out == source[dead][:, None])
     usable &= (fabric.fast[into] >= 0) | (into == destination[dead][:, None])
