@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cofire.errors import PlanError
 from cofire.network.max_min import Uses, shared_rates
 from cofire.network.routing import Routes
-from cofire.network.symmetry import Classes, Values, quotient, refine, single
+from cofire.network.symmetry import Classes, Values, quotient, refine, single, spans
 from cofire.network.topology import Floats, Ints, Network
 
 # Fire-Flyer's traffic classes. The paper does not publish their shares; these are ours.
@@ -328,11 +328,8 @@ class _Run:
         self.sent |= done
         self.left[done] = 0.0
         self.finish[done] = at[done] + latency[done]
-        ends = np.flatnonzero(done)
-        count = self.follower_start[ends + 1] - self.follower_start[ends]
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        rows = np.repeat(self.follower_start[ends], count) + within
-        followers, before = self.follower[rows], np.repeat(ends, count)
+        before, rows = spans(self.follower_start, np.flatnonzero(done))
+        followers = self.follower[rows]
         self.waits -= np.bincount(followers, minlength=self.num)
         np.maximum.at(self.release, followers, np.where(self.queued[rows], at[before], self.finish[before]))
 
