@@ -136,6 +136,19 @@ def test_a_larger_batch_takes_longer_and_yields_more_tokens(
     assert small.usd_per_million_tokens.value > large.usd_per_million_tokens.value
 
 
+def test_fp8_products_have_their_own_efficiency_and_forwarding_kernels_take_units() -> None:
+    serving = ServingSpec(phase="prefill", num_devices=144, tp=1, num_redundant_experts=32, sequences_per_device=2)
+    forwarding = serving.model_copy(update={"forward_in_node": True})
+    plain = plan_serving(V3, H800, forwarding)
+    changes = {"fp8_matrix_efficiency": EXACT.at(0.35), "communication_share": EXACT.at(0.2)}
+    slow = H800.model_copy(update={"device": H800.device.model_copy(update=changes)})
+    kernels = 4 * 4e-6
+    ratio = (plan_serving(V3, slow, forwarding).stages_s["experts"] - kernels) / (plain.stages_s["experts"] - kernels)
+    assert ratio == pytest.approx(0.7 / 0.35 / 0.8)
+    ratio = (plan_serving(V3, slow, serving).stages_s["experts"] - kernels) / (plain.stages_s["experts"] - kernels)
+    assert ratio == pytest.approx(0.7 / 0.35)
+
+
 def test_price_is_rent_over_throughput_with_the_ends_turned() -> None:
     plan = decode()
     price, rate = plan.usd_per_million_tokens, plan.tokens_per_s_per_device

@@ -411,6 +411,25 @@ def _rate(layout: _Layout, number_format: str) -> float:
     return peak
 
 
+def _product_rate(layout: _Layout, reader: _Reader, number_format: str) -> float:
+    device = layout.cluster.device
+    efficiency = device.matrix_efficiency
+    if number_format == "fp8" and device.fp8_matrix_efficiency is not None:
+        efficiency = device.fp8_matrix_efficiency
+    return _rate(layout, number_format) * reader.more(efficiency) * _left_to_compute(layout, reader)
+
+
+def _left_to_compute(layout: _Layout, reader: _Reader) -> float:
+    """Part of a device's units that compute while kernels of the other micro-batch forward tokens inside the node.
+
+    Without forwarding the network's ports move the tokens alone, as DeepSeek-V3's decoding does.
+    """
+    serving = layout.serving
+    if layout.model.moe is None or not (serving.overlap and serving.forward_in_node):
+        return 1.0
+    return 1 - reader.less(layout.cluster.device.communication_share)
+
+
 def _products(
     layout: _Layout,
     reader: _Reader,
@@ -422,7 +441,7 @@ def _products(
 ) -> Parts:
     """Matrix products of ``tokens`` per device with ``parameters`` weights that ``split`` devices share."""
     form = number_format or layout.serving.weight_format
-    rate = _rate(layout, form) * reader.more(layout.cluster.device.matrix_efficiency)
+    rate = _product_rate(layout, reader, form)
     return _roofline(
         layout, reader, 2 * tokens * parameters / rate, parameters * _bytes_per_weight(form) / split, kernels
     )
@@ -440,7 +459,8 @@ def _attention(layout: _Layout, reader: _Reader, tokens: float, sequences: float
     core = decode_attention_flops_per_layer(model, context, form) - 2 * matrices
     # Attention stays in BF16 where the device has it.
     core_format = "bf16" if "bf16" in device.peak_flops_per_s else serving.weight_format
-    core_s = tokens * core / (_rate(layout, core_format) * reader.more(device.attention_efficiency))
+    rate = _rate(layout, core_format) * reader.more(device.attention_efficiency) * _left_to_compute(layout, reader)
+    core_s = tokens * core / rate
     cached = sequences * serving.context_length * model.attention.cache_width * serving.cache_bytes_per_number
     cached *= serving.tp / _cache_split(layout)
     parts = _products(layout, reader, tokens, matrices, serving.tp, _ATTENTION_KERNELS - 1)
@@ -470,7 +490,7 @@ def _experts(layout: _Layout, reader: _Reader, tokens: float) -> Parts:
     if not serving.route_shared:
         received += tokens * moe.num_shared_experts
         read += moe.num_shared_experts
-    rate = _rate(layout, serving.weight_format) * reader.more(layout.cluster.device.matrix_efficiency)
+    rate = _product_rate(layout, reader, serving.weight_format)
     size = read * count.expert * _bytes_per_weight(serving.weight_format) + 2 * count.router_per_layer
     # Each token is read and written once around the experts, in the formats it travels in.
     size += received * layout.model.hidden_size * (serving.dispatch_bytes_per_number + serving.combine_bytes_per_number)
