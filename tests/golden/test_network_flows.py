@@ -12,23 +12,17 @@ from cofire.network.builders import LinkSpeed, build, build_network
 from cofire.network.collective_time import Group, Wire, collective_time_s
 from cofire.network.collectives import double_tree_all_reduce, hierarchical_all_reduce
 from cofire.network.double_tree import zoned_double_tree
+from cofire.network.expert_traffic import dispatch_token_bytes, expert_traffic, sample_experts
 from cofire.network.flowsim import (
     LANE_SHARES,
     Failure,
     FlowResult,
     Flows,
     SendControl,
+    links_at,
     simulate_flows,
 )
-from cofire.network.patterns import (
-    Pattern,
-    all_to_all,
-    dispatch_token_bytes,
-    expert_pattern,
-    expert_traffic,
-    place,
-    sample_experts,
-)
+from cofire.network.patterns import Pattern, all_to_all, expert_pattern, place
 from cofire.network.routing import route
 from cofire.network.shapes import FatTree, TwoZone
 from cofire.network.topology import Network
@@ -75,7 +69,7 @@ def test_a_plane_that_dies_halfway_slows_down_the_second_half_alone():
     net = network(8)
     before, after = all_to_all(net, 1e7), all_to_all(net, 1e7, failed_planes=(0,))
     whole = run(net, before).makespan_s
-    dead = np.flatnonzero((net.plane[net.tail] == 0) & (net.plane[net.head] == 0))
+    dead = links_at(net, planes=(0,))
     failure = Failure(whole / 2, dead, after.routes)
     result = simulate_flows(net, before.routes, before.flows, failures=(failure,))
     assert result.makespan_s == pytest.approx(whole * (0.5 + 0.5 * 8 / 7), rel=0.01)
@@ -155,15 +149,20 @@ def test_an_all_to_all_on_h800_nodes_is_in_the_range_that_deepep_reports(h800: C
     assert 40e9 < 31 * 8 * 1e6 / time < 50e9
 
 
-def test_dispatch_over_64_devices_is_near_the_logical_bandwidth_that_deepep_reports(h800: ClusterSpec):
-    """DeepEP counts what stays in the node: 50.58 and 48.54 GB/s for dispatch and combine (ISCA'25, figure 7).
+# Dispatch and combine over 4 to 16 nodes, read off figure 7. Two nodes are left out: there 43.05 and 42.47 are reported
+# and 59 simulated: with half of the copies staying in the node, what binds is nothing that is modelled here.
+DEEPEP = [(4, 58.02e9, 56.96e9), (8, 50.58e9, 48.54e9), (16, 45.34e9, 41.60e9)]
 
-    A sanity check, as above; 512 of the 4096 tokens of each device.
-    """
-    net = build_network(h800, 8)
-    index = np.stack([sample_experts(512, 256, 8, 8, 4, seed=d) for d in range(64)])
+
+@pytest.mark.parametrize(("nodes", "dispatch", "combine"), DEEPEP)
+def test_experts_traffic_is_near_the_logical_bandwidth_that_deepep_reports(
+    h800: ClusterSpec, nodes: int, dispatch: float, combine: float
+):
+    """DeepEP also counts copies that stay in the node. A sanity check, as above; 256 of 4096 tokens of each device."""
+    net = build_network(h800, nodes)
+    index = np.stack([sample_experts(256, 256, 8, 8, 4, seed=d) for d in range(8 * nodes)])
     traffic = expert_traffic(index, 256, 8)
-    reached = sum(len(set(row // 32)) for row in index.reshape(-1, 8)) / 64
-    for combine, token_bytes, reported in ((False, dispatch_token_bytes(7168), 50.58e9), (True, 14336.0, 48.54e9)):
-        time = run(net, expert_pattern(net, traffic, token_bytes, combine)).makespan_s
+    reached = np.mean([len(set(row // (256 // nodes))) for row in index.reshape(-1, 8)]) * 256
+    for back, token_bytes, reported in ((False, dispatch_token_bytes(7168), dispatch), (True, 14336.0, combine)):
+        time = run(net, expert_pattern(net, traffic, token_bytes, back)).makespan_s
         assert reached * token_bytes / time == pytest.approx(reported, rel=0.1)

@@ -17,6 +17,7 @@ from cofire.network.flowsim import (
     SendControl,
     _uses,
     link_name,
+    links_at,
     simulate_flows,
     trace_events,
 )
@@ -309,6 +310,16 @@ def test_a_coarse_clock_is_never_early_loses_no_bytes_and_saves_events():
     assert exact.makespan_s <= coarse.makespan_s <= 1.02 * exact.makespan_s
     np.testing.assert_allclose(coarse.link_bytes, exact.link_bytes, rtol=1e-9)
     assert (coarse.link_peak <= 1 + 1e-9).all()
+
+
+def test_links_of_a_dead_switch_or_plane_are_all_that_touch_it():
+    network = build(FatTree(16, 4, 2, 1.0, 2, 2), LinkSpeed(1.0))
+    switch = int(network.head[0])
+    for found, plane in ((links_at(network, switches=(switch,)), None), (links_at(network, planes=(1,)), 1)):
+        for link in range(network.num_links):
+            ends = (int(network.tail[link]), int(network.head[link]))
+            hit = switch in ends if plane is None else any(network.level[v] > 0 and network.plane[v] == 1 for v in ends)
+            assert (link in found) == hit
 
 
 def test_links_are_named_by_what_they_join():

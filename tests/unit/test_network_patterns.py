@@ -12,21 +12,20 @@ from hypothesis import strategies as st
 
 from cofire.errors import PlanError
 from cofire.network.builders import LinkSpeed, build
+from cofire.network.collective_time import Group, Wire
 from cofire.network.collectives import all_to_all as all_to_all_messages
 from cofire.network.collectives import forwarded_all_to_all, ring
-from cofire.network.flowsim import simulate_flows
-from cofire.network.patterns import (
-    all_to_all,
+from cofire.network.expert_traffic import (
     dispatch_token_bytes,
     expected_groups,
-    expert_pattern,
+    expert_exchange_time_s,
     expert_traffic,
-    join_routes,
-    place,
-    ports_of,
+    groups_reached,
     sample_experts,
     sampled_groups,
 )
+from cofire.network.flowsim import simulate_flows
+from cofire.network.patterns import all_to_all, expert_pattern, join_routes, place, ports_of
 from cofire.network.shapes import FatTree, TwoZone
 from cofire.network.topology import Network
 
@@ -120,6 +119,31 @@ def test_dispatch_and_combine_load_every_port_by_its_copies():
         np.testing.assert_allclose(out[ports], copies * weight)
 
 
+@pytest.mark.parametrize("limit", [None, 4])
+def test_the_time_of_a_dispatch_is_near_its_formula(limit: int | None):
+    """Eight nodes of four; the sampled load is uneven by a few percent, and the slowest port counts."""
+    network = planes(8, 4)
+    index = np.stack([sample_experts(2048, 64, 8, 8, limit, seed=d) for d in range(32)])
+    pattern = expert_pattern(network, expert_traffic(index, 64, 4), 7392.0)
+    simulated = simulate_flows(network, pattern.routes, pattern.flows).makespan_s
+    group = Group(8, 4, Wire(3.3e-6, 160e9), Wire(3.7e-6, 50e9))
+    reached = [groups_reached(64, 8, parts, 8, limit) for parts in (8, 32)]
+    formula = expert_exchange_time_s(2048, 7392.0, group, *reached)
+    assert formula < simulated < 1.08 * formula
+
+
+def test_fast_links_bound_an_exchange_inside_a_node():
+    group = Group(1, 8, Wire(3e-6, 160e9))
+    time = expert_exchange_time_s(1000, 8000.0, group, 1.0, 4.0)
+    assert time == pytest.approx(3e-6 + 1000 * 4 * 7 / 8 * 8000 / 160e9)
+
+
+def test_groups_reached_are_the_formula_without_a_limit_and_the_sample_with_one():
+    assert groups_reached(256, 8, 8) == expected_groups(256, 8, 8)
+    assert groups_reached(256, 8, 8, 8, 8) == expected_groups(256, 8, 8)
+    assert groups_reached(256, 8, 8, 8, 4) == pytest.approx(3.954, abs=0.01)
+
+
 def test_forwarding_crosses_the_network_between_devices_of_one_plane():
     network = planes(4, 4)
     pattern = all_to_all(network, 1e5)
@@ -181,6 +205,7 @@ def test_mistakes_are_refused_with_the_nearest_fix():
         (lambda: expected_groups(10, 2, 3), "num_groups = 3 must divide num_experts = 10"),
         (lambda: sample_experts(1, 8, 5, 4, 2), "2 groups have 4 experts, below num_experts_per_token = 5"),
         (lambda: sample_experts(1, 8, 2, 4, 5), "5 of 4 groups"),
+        (lambda: groups_reached(10, 2, 3, 2, 1), "num_groups = 3 must divide num_experts = 10"),
         (lambda: expert_traffic(np.zeros((3, 1, 1), int), 4, 1), "3 devices must divide num_experts = 4"),
         (lambda: place(lone, ring("all_gather", 9, 1.0)), "9 ranks do not fit on 8 ports"),
         (lambda: all_to_all(lone, 1.0), "forward"),

@@ -368,6 +368,13 @@ def trace_events(result: FlowResult, track: Ints, names: list[str] | None = None
     return events
 
 
+def links_at(network: Network, switches: tuple[int, ...] = (), planes: tuple[int, ...] = ()) -> Ints:
+    """Return the links that end with some switches (vertices) or planes, both ways, for a :class:`Failure`."""
+    dead = np.isin(network.plane, planes) & (network.level > 0)
+    dead[list(switches)] = True
+    return np.flatnonzero(dead[network.tail] | dead[network.head])
+
+
 def link_name(network: Network, link: int) -> str:
     """Return what a link joins, for people: ``leaf 3 of plane 1 -> spine 0 of plane 1``.
 

@@ -3,27 +3,22 @@
 With one port per device, data enters the network on the plane of its target: a device hands it to the device of its
 node that has a port there (PXN; DeepSeek-V3 on several planes, arXiv 2505.09343, 5.1). A token that goes to several
 experts of a node crosses the network once and is copied inside the node (DeepSeek-V3 report, 3.2.2). Forwarded bytes
-stream on: the flow that crosses the network also loads the fast links, in step with it. Left out: where a token's
-weight or index travels, and experts with redundant copies.
+stream on: the flow that crosses the network also loads the fast links, in step with it. Left out: buffers in between.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cofire.errors import PlanError
 from cofire.network.collectives import Messages
+from cofire.network.expert_traffic import ExpertTraffic
 from cofire.network.flowsim import Flows
 from cofire.network.routing import Routes, device_routes
 from cofire.network.topology import Floats, Ints, Network
 from cofire.spec.hardware import Routing
-
-# DeepSeek-V3 report, 3.3.2: activations travel in tiles of 128 numbers with a scale each.
-_TILE, _SCALE_BYTES = 128, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,116 +153,6 @@ def _handed(network: Network, routes: Routes, ports: Ints, source: tuple[Ints, I
     fast_s = network.latency_s[up[others[:, 0]]] + network.latency_s[down[ports[source]]]
     start = routes.start + width * np.arange(routes.num_flows + 1)
     return Routes(start, link[order], fraction[order], routes.latency_s + fast_s)
-
-
-def expected_groups(num_experts: int, num_experts_per_token: int, num_groups: int) -> float:
-    """Return how many groups (nodes, devices) a token reaches on average when its experts are drawn evenly.
-
-    ``G (1 - C(E - E/G, k) / C(E, k))`` for G groups, E experts, k of them per token.
-
-    Raises:
-        PlanError: The groups do not divide the experts.
-    """
-    if num_groups < 1 or num_experts % num_groups:
-        raise PlanError(f"num_groups = {num_groups} must divide num_experts = {num_experts}")
-    missed = num_experts - num_experts // num_groups
-    return num_groups * (1 - math.comb(missed, num_experts_per_token) / math.comb(num_experts, num_experts_per_token))
-
-
-def sample_experts(
-    num_tokens: int,
-    num_experts: int,
-    num_experts_per_token: int,
-    num_groups: int = 1,
-    num_limited_groups: int | None = None,
-    seed: int = 0,
-) -> Ints:
-    """Return the experts of tokens whose scores are independent, ``[num_tokens, num_experts_per_token]``.
-
-    Node-limited routing (DeepSeek-V3 report, 2.1.2): the ``num_limited_groups`` M groups with the largest sum of their
-    ``num_experts_per_token / M`` best scores; the experts are the best of those groups.
-
-    Raises:
-        PlanError: The groups do not divide the experts, or those left are too few.
-    """
-    limit = num_groups if num_limited_groups is None else num_limited_groups
-    if num_groups < 1 or num_experts % num_groups or not 1 <= limit <= num_groups:
-        raise PlanError(f"{limit} of {num_groups} groups of {num_experts} experts: groups must divide the experts")
-    size = num_experts // num_groups
-    if num_experts_per_token > limit * size:
-        raise PlanError(
-            f"{limit} groups have {limit * size} experts, below num_experts_per_token = {num_experts_per_token}"
-        )
-    score = np.random.default_rng(seed).random((num_tokens, num_experts))
-    if limit < num_groups:
-        best = min(max(num_experts_per_token // limit, 1), size)
-        grouped = score.reshape(num_tokens, num_groups, size)
-        strength = np.partition(grouped, size - best, axis=2)[:, :, size - best :].sum(2)
-        out = np.argpartition(strength, num_groups - limit, axis=1)[:, : num_groups - limit]
-        grouped[np.arange(num_tokens)[:, None], out] = -np.inf
-    first = num_experts - num_experts_per_token
-    return (
-        np.argpartition(score, first, axis=1)[:, first:] if first else np.tile(np.arange(num_experts), (num_tokens, 1))
-    )
-
-
-def sampled_groups(expert_index: Ints, num_experts: int, num_groups: int) -> float:
-    """Return how many groups the tokens of ``expert_index [num_tokens, k]`` reach on average."""
-    group = np.sort(expert_index // (num_experts // num_groups), axis=1)
-    return float(1 + (np.diff(group, axis=1) != 0).sum(1).mean())
-
-
-def dispatch_token_bytes(hidden_size: int, number_bytes: float = 1.0) -> float:
-    """Return what a token's activation weighs; a scale goes with each tile where a number takes one byte or less."""
-    scales = -(-hidden_size // _TILE) * _SCALE_BYTES if number_bytes <= 1 else 0
-    return hidden_size * number_bytes + scales
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertTraffic:
-    """Copies of tokens that dispatch moves; combine moves as many the other way.
-
-    Attributes:
-        crossing: ``[num_nodes, devices_per_node, num_nodes]``, from a device over the network to the device of its
-            number on another node.
-        handed: ``[num_nodes, devices_per_node, devices_per_node]``, from there, or from a token's own device, over the
-            fast links to another device of the node.
-    """
-
-    crossing: NDArray[np.int64]
-    handed: NDArray[np.int64]
-
-
-def expert_traffic(expert_index: Ints, num_experts: int, devices_per_node: int) -> ExpertTraffic:
-    """Count the copies of tokens between devices that each hold an equal run of experts.
-
-    Args:
-        expert_index: ``[num_devices, num_tokens, num_experts_per_token]``, where the tokens of each device go.
-        num_experts: Spread over the devices in order.
-        devices_per_node: Of the devices, consecutive ones.
-
-    Raises:
-        PlanError: Experts or nodes do not divide.
-    """
-    devices, tokens, _ = expert_index.shape
-    if num_experts % devices or devices % devices_per_node:
-        raise PlanError(
-            f"{devices} devices must divide num_experts = {num_experts}, and devices_per_node = {devices_per_node} them"
-        )
-    nodes = devices // devices_per_node
-    crossing = np.zeros((nodes, devices_per_node, nodes), np.int64)
-    handed = np.zeros((nodes, devices_per_node, devices_per_node), np.int64)
-    for device in range(devices):
-        hit = np.zeros((tokens, devices), bool)
-        hit[np.arange(tokens)[:, None], expert_index[device] // (num_experts // devices)] = True
-        by_node = hit.reshape(tokens, nodes, devices_per_node)
-        node, number = divmod(device, devices_per_node)
-        crossing[node, number] = by_node.any(2).sum(0)
-        crossing[node, number, node] = 0
-        handed[:, number] += by_node.sum(0)
-    device = np.arange(devices_per_node)
-    handed[:, device, device] = 0
-    return ExpertTraffic(crossing, handed)
 
 
 def expert_pattern(
