@@ -172,9 +172,11 @@ def update_placement(
     for layer in np.flatnonzero(old_peak > new_peak + min_gain * old_peak):
         goal = new_peak[layer] * (1 + min_gain)
         stepped = _step_by_step(weights[layer], chosen[layer], previous, float(goal), max_moves)
-        if max_moves is None and _peak(weights[layer : layer + 1], stepped[None], devices)[0] > goal:
-            stepped = _align(fresh.physical_to_logical[layer], chosen[layer], devices, nodes)
-        chosen[layer] = stepped
+        peak = _peak(weights[layer : layer + 1], stepped[None], devices)[0]
+        if max_moves is None and peak > goal:
+            chosen[layer] = _align(fresh.physical_to_logical[layer], chosen[layer], devices, nodes)
+        elif peak < old_peak[layer]:
+            chosen[layer] = stepped
     result = _placement(weights, chosen, devices, (nodes, previous.num_groups), previous.distinct)
     return replace(result, moves=count_moves(previous.physical_to_logical, chosen, devices))
 
