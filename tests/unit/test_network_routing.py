@@ -289,6 +289,17 @@ def test_devices_without_a_port_of_their_own_share_the_node_s():
     assert not joiners & set(network.head[routes.link].tolist())
 
 
+def test_traffic_inside_a_zone_never_passes_the_joining_switches():
+    network = build(TwoZone())
+    source, target = np.random.default_rng(3).integers(0, 600, (2, 5000))
+    joiners = [network.num_vertices - 1, network.num_vertices - 2]
+    for method in METHODS:
+        inside = route(network, [*source, *source + 600], [*target, *target + 600], method)
+        assert not np.isin(network.head[inside.link], joiners).any()
+        across = route(network, source, target + 600, method)
+        assert link_loads(network, across)[np.isin(network.head, joiners)].sum() == pytest.approx(5000)
+
+
 # -- bad input ----------------------------------------------------------------------------------------
 
 

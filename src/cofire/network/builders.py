@@ -192,7 +192,8 @@ def _two_zone(shape: TwoZone) -> _Wiring:
     wiring = _Wiring(
         attach,
         np.concatenate([zone_levels, zone_levels, np.full(shape.num_joining_switches, 3)]),
-        np.concatenate([np.repeat([0, 1], per_zone), np.zeros(shape.num_joining_switches, np.int64)]),
+        # A zone of their own for the joining switches: paths inside a zone do not pass them.
+        np.concatenate([np.repeat([0, 1], per_zone), np.full(shape.num_joining_switches, 2)]),
         node,
         endpoint_zone,
     )
