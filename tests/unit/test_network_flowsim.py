@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ from cofire.network.flowsim import (
     trace_events,
 )
 from cofire.network.max_min import Uses, max_min_rates, shared_rates
-from cofire.network.routing import Routes, route
+from cofire.network.routing import Routes, device_routes, route
 from cofire.network.shapes import FatTree
 from cofire.network.topology import Network
 
@@ -348,6 +350,40 @@ def test_equal_flows_of_all_to_all_are_simulated_once_per_class_with_the_same_re
     # Twelve of fifteen flows of a host leave the leaf over half as many links: 4 x 12 x 8 bytes over 2 x 50 bytes/s.
     assert merged.makespan_s == pytest.approx(4 * 12 * 8 / 100)
     assert set(merged.bottlenecks(16)) == set(range(32, 48))
+
+
+@pytest.mark.parametrize("routing", ["ecmp", "static", "adaptive"])
+def test_merged_flows_over_planes_equal_single_ones_with_lanes_waits_and_a_dead_plane(
+    routing: Literal["ecmp", "static", "adaptive"],
+):
+    """Eight nodes of two devices; sizes, lanes, starts and waits follow from the nodes, so some flows are alike."""
+    network = build(FatTree(16, 4, 2, 1.0, 2, 2), LinkSpeed(50.0, 1.0, 2.0, 80.0, 1.0), bundle=True)
+    near, far = np.divmod(np.arange(16 * 16), 16)
+    near, far = near[near != far], far[near != far]
+    number = np.full((16, 16), -1)
+    number[near, far] = np.arange(len(near))
+    ends = [np.divmod(device, 2) for device in (near, far)]
+    from_even, to_even = (end[0] % 2 == 0 for end in ends)
+    waits = np.flatnonzero(from_even & ~to_even)
+    flows = Flows(
+        10.0 + 10 * from_even,
+        start_s=1.0 * to_even,
+        before=number[far[waits], near[waits]],
+        after=waits,
+        queued=far[waits] % 4 < 2,
+        lane=from_even.astype(np.int64),
+    )
+    routes = device_routes(network, ends[0], ends[1], routing)
+    around = device_routes(network, ends[0], ends[1], routing, failed_planes=(1,))
+    failure = Failure(2.5, links_at(network, planes=(1,)), around)
+    merged, single = (
+        simulate_flows(network, routes, flows, lane_shares=(2.0, 1.0), failures=(failure,), merge=merge)
+        for merge in (True, False)
+    )
+    if routing == "adaptive":
+        assert merged.num_flow_classes <= 40 < single.num_flow_classes == 240
+    for name in ("begin_s", "finish_s", "link_bytes", "link_peak", "link_full_s"):
+        np.testing.assert_allclose(getattr(merged, name), getattr(single, name), rtol=1e-8, atol=1e-8)
 
 
 def test_flows_that_wait_are_told_apart_by_what_they_wait_for():

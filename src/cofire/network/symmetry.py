@@ -6,7 +6,7 @@ each class. Refinement splits classes until none splits further (Weisfeiler and 
 such classes max-min rates are equal, since the filling never sees a difference, so one flow and one link of each class
 stand for all.
 
-Signatures are 64-bit sums of mixed values: two classes are taken for one by chance less than once in 10^7 runs with a
+Signatures are 64-bit sums of mixed values: two classes are taken for one by chance about once in 10^6 runs with a
 million signatures. Left out: symmetries that refinement does not see, which only cost time.
 """
 
