@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from cofire.cli.calibrate import calibrate
 from cofire.errors import PlanError
 from cofire.model import build
 from cofire.model import linear as linear_module
@@ -29,7 +33,7 @@ from cofire.plan.machine import (
 )
 from cofire.plan.parameters import count_parameters
 from cofire.plan.step_machine import PASSES, MatrixProduct, MemoryPass, padded_rows, training_operations
-from cofire.spec import ClusterSpec, DeviceSpec, Figure, KernelRate, MatrixRate, ModelSpec, RunSpec, load_as
+from cofire.spec import ClusterSpec, DeviceSpec, Figure, KernelRate, ModelSpec, RunSpec, load_as
 from cofire.train import calibration
 
 
@@ -41,7 +45,7 @@ def _device(**changes: object) -> DeviceSpec:
     """A device on which each product runs at 1 GFLOP/s, in BF16 at half of it, and each pass at 1 GB/s."""
     forms = ("forward", "input_gradient", "weight_gradient")
     products = [
-        MatrixRate(format=name, form=form, batch=batch, m=64, n=64, k=64, flops_per_s=_figure(rate))
+        {"format": name, "form": form, "batch": batch, "m": 64, "n": 64, "k": 64, "flops_per_s": _figure(rate)}
         for name, rate, batches in (("fp32", 1e9, (1,)), ("bf16", 0.5e9, (1, 8)))
         for form in forms
         for batch in batches
@@ -129,7 +133,7 @@ def test_useful_products_are_the_operations_of_the_planners_formula(model: str, 
     count, rule = count_parameters(spec), training_flops_per_token(spec, length)
     per_layer = 3 * length * spec.attention.num_heads * (spec.attention.qk_head_dim + spec.attention.v_head_dim)
     attention = spec.attention
-    latents = attention.q_lora_rank + attention.kv_lora_rank if attention.kind == "mla" else 0  # norms of attention
+    latents = (attention.q_lora_rank or 0) + attention.kv_lora_rank if attention.kind == "mla" else 0  # norms
     main = rule.matrices - 6 * (count.norms + count.router_bias + spec.num_layers * latents)
     bias = spec.moe.num_routed_experts if spec.moe else 0
     depth = count.mtp.depth
@@ -351,3 +355,66 @@ def test_two_processes_reduce_over_loopback() -> None:
     times = calibration._all_reduce()
     assert {len(samples) for samples in times.values()} == {5}
     assert all(t > 0 for samples in times.values() for t in samples)
+
+
+def test_a_rehearsed_step_leaves_no_gradient_and_the_weights_as_they_were() -> None:
+    x = torch.randn(64, 8)
+    weights = [(torch.randn(4, 12, 8, requires_grad=True), torch.randn(4, 8, 6, requires_grad=True)) for _ in range(2)]
+    before = [w.detach().clone() for pair in weights for w in pair]
+    calibration.rehearse_step(x, weights)
+    assert all(w.grad is None for pair in weights for w in pair)
+    assert all(torch.equal(a, b) for a, b in zip(before, (w for pair in weights for w in pair), strict=True))
+
+
+def test_what_is_kept_beside_tensors_grows_with_rounds_and_is_a_share_of_what_passes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter([1e9, *(1e9 + 1e8 * i for i in range(1, 5))])  # before, then after each of four rounds
+    monkeypatch.setattr(calibration, "_resident_bytes", lambda: next(sizes))
+    for name, value in (("_REHEARSALS", 4), ("_LAYERS", 2), ("_EXPERTS", 2), ("_ROWS", 64), ("_HIDDEN", 8)):
+        monkeypatch.setattr(calibration, name, value)
+    calibration.print_memory()
+    found = json.loads(capsys.readouterr().out)
+    matrices = 4 * 2 * 2 * (2 * 128 * 8 + 8 * 128)  # layers, experts, gate and up beside down
+    passing = 4 * 2 * 64 * (8 + 3 * 128) + matrices
+    assert found["reserved_bytes"] == [1e9 - matrices - 4 * 64 * 8]
+    assert found["retained_share"] == pytest.approx([3e8 / passing - 1, 4e8 / passing - 1])
+
+
+# -- the command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(calibrate)
+    return app
+
+
+def test_a_known_machine_is_shown_and_not_measured_again(
+    own_cache: Path, app: typer.Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_machine(_cluster())
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: pytest.fail("measured again"))
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0, result.output
+    assert "already measured" in result.stdout
+    assert "best product, fp32" in result.stdout
+    printed = json.loads(CliRunner().invoke(app, ["--json"]).stdout)
+    assert ClusterSpec.model_validate(printed) == _cluster()
+
+
+def test_without_pytorch_the_command_measures_with_numpy_and_says_so(
+    own_cache: Path, app: typer.Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    result = CliRunner().invoke(app, ["--again"])
+    assert result.exit_code == 0, result.output
+    assert "PyTorch is not installed" in result.stderr
+    assert load_machine().description == "without PyTorch"
+
+
+def test_a_damaged_file_stops_the_command_until_it_is_told_to_measure_again(own_cache: Path, app: typer.Typer) -> None:
+    own_cache.mkdir()
+    machine_file().write_text("kind = ")
+    assert isinstance(CliRunner().invoke(app, []).exception, PlanError)

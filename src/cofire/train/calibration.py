@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.errors import TrainError
-from cofire.model.linear import linear, matrix_product, weight_gradient
+from cofire.model.linear import grouped_linear, matrix_product, weight_gradient
 from cofire.model.memory import keep_freed_memory
 from cofire.model.moe import silu_product
 from cofire.model.rope import Rotation, rotate
@@ -49,10 +49,13 @@ _FORMS: tuple[Form, ...] = ("forward", "input_gradient", "weight_gradient")
 _BATCHES, _BATCHED_SIZES = (8, 32), (64, 128, 512)
 _KERNEL_NUMBERS = (1 << 14, 1 << 17, 1 << 20, 1 << 22)
 _SAMPLES, _SAMPLE_S_MIN, _WARM_S_MAX = 5, 2e-3, 0.05
-_SLOW_S = 0.2  # of a call; more than two samples of such are not worth the wait
+_SLOW_S = 0.2  # of a call; more than two samples of it are not worth the wait
 # Operands of successive calls: as many sets as pass through the last level of a cache, but no more than eight.
 _ROTATED_BYTES, _SETS_MAX = 48 << 20, 8
 _CHILD_TIMEOUT_S = 120
+
+# Of the loads of rehearsed experts, as a Dirichlet distribution's concentration: a load strays by a quarter.
+_EVENNESS = 16.0
 
 Call = Callable[[], object]
 
@@ -151,8 +154,8 @@ def seconds(calls: Sequence[Call]) -> list[float]:
     once_s = max(time.perf_counter() - start, 1e-7)
     repeats = max(1, round(_SAMPLE_S_MIN / once_s))
     turns = itertools.cycle(calls)
-    found = []
-    for _ in range(_SAMPLES if once_s < _SLOW_S else 2):
+    found = [once_s] if once_s > _SLOW_S else []
+    for _ in range(1 if found else _SAMPLES):
         chosen = [next(turns) for _ in range(repeats)]
         start = time.perf_counter()
         for call in chosen:
@@ -443,17 +446,15 @@ def _child(name: str, *arguments: str) -> dict[str, list[float]]:
 
 
 _CHILDREN = {"memory": "print_memory", "all-reduce": "print_all_reduce"}
-_REHEARSALS, _LAYERS, _KEPT_PER_LAYER = 8, 24, 12
+_REHEARSALS, _LAYERS, _EXPERTS, _ROWS, _HIDDEN, _WIDTH = 16, 8, 16, 8192, 256, 128
 
 
 def print_memory() -> None:
-    """Print what a training process holds beside tensors, and what its allocator keeps of freed ones.
+    """Print what a training process holds beside tensors, and what is kept beside the tensors that come and go.
 
-    The second is rehearsed: tensors of 64 KiB to 16 MiB are kept layer by layer, with shorter-lived ones between them,
-    and freed in reverse, a part of them of another size in each round, as experts' rows are.
+    The second is rehearsed: rows run through layers of experts and back, to other experts in each round. Tensors of
+    other sizes leave holes among those that are kept, and oneDNN keeps a kernel for each new number of rows.
     """
-    import random
-
     import tokenizers
     import torch.utils.tensorboard
 
@@ -461,35 +462,33 @@ def print_memory() -> None:
 
     del tokenizers, cofire
     keep_freed_memory()
+    x = torch.randn(_ROWS, _HIDDEN)
+    weights = [
+        (torch.randn(_EXPERTS, 2 * _WIDTH, _HIDDEN) / 16, torch.randn(_EXPERTS, _HIDDEN, _WIDTH) / 16)
+        for _ in range(_LAYERS)
+    ]
+    weights = [(up.requires_grad_(), down.requires_grad_()) for up, down in weights]
+    state = 4 * (x.numel() + sum(up.numel() + down.numel() for up, down in weights))
     before = _resident_bytes()
-    # oneDNN keeps up to 1,024 compiled products; a step of a mixture model has hundreds of shapes.
-    for rows in range(1, 257):
-        linear(torch.randn(64 + rows, 64), torch.randn(64, 64))
-    reserved = _resident_bytes()
-    generator = random.Random(0)
-    sizes = [int(2 ** generator.uniform(14, 22)) for _ in range(_LAYERS * _KEPT_PER_LAYER)]
-    live = 4 * sum(sizes)
+    # A layer keeps its input, what it projects it to, and the gated product; then the gradients of its matrices.
+    passing = 4 * _LAYERS * _ROWS * (_HIDDEN + 3 * _WIDTH) + state - 4 * x.numel()
     shares = []
     for _ in range(_REHEARSALS):
-        rehearse_step([size if i % 3 else int(size * generator.uniform(0.75, 1.25)) for i, size in enumerate(sizes)])
-        shares.append(max(0.0, (_resident_bytes() - reserved) / live - 1))
-    print(json.dumps({"reserved_bytes": [reserved], "before": [before], "retained_share": shares[2:]}))
+        rehearse_step(x, weights)
+        shares.append(max(0.0, (_resident_bytes() - before) / passing - 1))
+    print(json.dumps({"reserved_bytes": [before - state], "retained_share": shares[_REHEARSALS // 2 :]}))
 
 
-def rehearse_step(sizes: Sequence[int]) -> None:
-    """Allocate and free FP32 tensors of so many numbers in the order of a forward and a backward pass."""
-    kept = []
-    for size in sizes:
-        passing = torch.ones(size // 2)
-        kept.append(torch.ones(size))
-        del passing
-    grad = None
-    while kept:
-        size = kept[-1].numel()
-        grad, passing = torch.ones(size), grad
-        kept.pop()
-        del passing
-    del grad
+def rehearse_step(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Send rows [M, D] through layers of experts ([E, 2F, D], [E, D, F]), at random, forward and backward."""
+    for up, down in weights:
+        experts = torch.distributions.Dirichlet(torch.full((up.shape[0],), _EVENNESS)).sample()
+        chosen = torch.multinomial(experts, x.shape[0], replacement=True)
+        counts = torch.bincount(chosen, minlength=up.shape[0])
+        x = x + grouped_linear(silu_product(grouped_linear(x, up, counts)), down, counts)
+    x.sum().backward()
+    for up, down in weights:
+        up.grad = down.grad = None
 
 
 def _resident_bytes() -> float:
