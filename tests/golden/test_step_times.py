@@ -65,9 +65,8 @@ def test_published_a100_iterations_are_predicted() -> None:
     for key, (measured, predicted) in megatron_errors().items():
         errors[key] = predicted / measured - 1
         mark = "fitted" if key in FITTED else ""
-        print(
-            f"{key[0]:14} {key[1]:10} measured {measured:6.2f} s  modelled {predicted:6.2f} s {errors[key]:+7.1%} {mark}"
-        )
+        times = f"measured {measured:6.2f} s  modelled {predicted:6.2f} s"
+        print(f"{key[0]:14} {key[1]:10} {times} {errors[key]:+7.1%} {mark}")
     free = [abs(error) for key, error in errors.items() if key not in FITTED]
     print(f"of the six that are not fitted: mean {statistics.mean(free):.1%}, largest {max(free):.1%}")
     assert statistics.mean(free) <= 0.03
@@ -89,9 +88,8 @@ def deepseek_v3_step() -> StepEstimate:
 def test_deepseek_v3_takes_its_device_hours_within_a_tenth_and_fits() -> None:
     step = deepseek_v3_step()
     hours = step.device_hours_per_trillion_tokens
-    print(
-        f"DeepSeek-V3: {hours:,.0f} device hours per trillion tokens modelled, 180,000 published: {hours / 180e3 - 1:+.1%}"
-    )
+    print(f"DeepSeek-V3: {hours:,.0f} device hours per trillion tokens modelled, 180,000 published")
+    print(f"  error {hours / 180e3 - 1:+.1%}")
     for part in step.parts:
         print(f"  {part.name:24} {part.time_s:7.3f} s")
     assert abs(hours / 180e3 - 1) <= 0.10

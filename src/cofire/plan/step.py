@@ -132,6 +132,28 @@ class StageCost:
     work_s: tuple[float, float, float]
 
 
+@dataclass(frozen=True)
+class PreparedStep:
+    """A layout's step before its schedule is simulated: micro-batches per pipeline, stages, and their seconds."""
+
+    layout: ParallelSpec
+    micro_batches: int
+    stages: list[Stage]
+    costs: list[StageCost]
+    times: ChunkTimes
+    transfer_s: float
+
+    @property
+    def pipeline(self) -> tuple[str, int, int]:
+        """The schedule, its ranks and micro-batches."""
+        return self.layout.schedule, self.layout.pp, self.micro_batches
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Of the interleaved schedule."""
+        return max(1, self.layout.stages_per_rank)
+
+
 class StepModel:
     """A model on a cluster: asked for many layouts, it remembers what they share."""
 
@@ -143,9 +165,20 @@ class StepModel:
         self._blocks: dict[tuple[object, ...], BlockCost] = {}
         self._kept: dict[tuple[object, ...], float] = {}
         self._hosts: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
+        self._cuts: dict[tuple[object, ...], list[Stage]] = {}
+        self._peaks: dict[tuple[object, ...], tuple[int, ...]] = {}
 
     def estimate(self, layout: ParallelSpec) -> StepEstimate:
         """Return the step of a layout.
+
+        Raises:
+            PlanError: The layout cannot run this model on this cluster, whatever its memory.
+        """
+        ready = self.prepare(layout)
+        return self.finish(ready, schedule_cost(*ready.pipeline, ready.times, ready.stages_per_rank))
+
+    def prepare(self, layout: ParallelSpec) -> PreparedStep:
+        """Return all of a step but the schedule's simulation, which many layouts can share a run of.
 
         Raises:
             PlanError: The layout cannot run this model on this cluster, whatever its memory.
@@ -156,15 +189,45 @@ class StepModel:
         costs = [self.stage_cost(stage, blocks) for stage in stages]
         transfer_s = self._transfer_s(layout)
         times = self._chunk_times(layout, costs, transfer_s)
-        pipeline = schedule_cost(layout.schedule, layout.pp, micro_batches, times, max(1, layout.stages_per_rank))
+        return PreparedStep(layout, micro_batches, stages, costs, times, transfer_s)
+
+    def peaks(self, ready: PreparedStep) -> tuple[int, ...]:
+        """Return the chunks that each rank holds activations of at most; they depend on the schedule's order alone."""
+        key = (*ready.pipeline, ready.stages_per_rank)
+        if key not in self._peaks:
+            self._peaks[key] = schedule_cost(*ready.pipeline, ready.times, ready.stages_per_rank).peak_activations
+        return self._peaks[key]
+
+    def memory(self, ready: PreparedStep) -> tuple[RankMemory, ...]:
+        """Return what each pipeline rank holds."""
+        layout, stages = ready.layout, ready.stages
         hosts = self.hosts(layout)
-        memory = self._memory(layout, stages, hosts, pipeline)
+        kinds: set[BlockKind] = {kind for stage in stages for kind, _ in stage.blocks}
+        kept: dict[BlockKind, float] = {}
+        for kind in kinds:
+            kept[kind] = self._kept_bytes(kind, layout, layout.recompute)
+        return tuple(
+            rank_memory(
+                BlockParameters(self.model, self.count, layout),
+                layout,
+                self.workload,
+                [[stages[number] for number in held] for held in hosts],
+                kept,
+                self.peaks(ready),
+                [self._buffers(layout, [stages[number] for number in held]) for held in hosts],
+                self.cluster.device.reserved_bytes,
+            )
+        )
+
+    def finish(self, ready: PreparedStep, pipeline: PipelineCost) -> StepEstimate:
+        """Return a prepared step with its schedule simulated."""
+        layout, costs = ready.layout, ready.costs
+        hosts = self.hosts(layout)
         busiest = min(range(layout.pp), key=lambda rank: pipeline.bubble_s[rank])
-        after, optimizer_s = self._after(layout, stages, costs, hosts)
-        step_s = pipeline.makespan_s + after + optimizer_s
-        parts = self._parts(layout, costs, hosts[busiest], micro_batches, pipeline, busiest, transfer_s)
+        after, optimizer_s = self._after(layout, ready.stages, costs, hosts)
+        parts = self._parts(ready, hosts[busiest], pipeline, busiest)
         parts |= {"data-parallel network": after, "optimizer": optimizer_s}
-        return self._result(layout, micro_batches, step_s, pipeline, parts, memory)
+        return self._result(ready, pipeline, parts)
 
     # -- times ------------------------------------------------------------------------------------------
 
@@ -219,11 +282,13 @@ class StepModel:
 
     def stages(self, layout: ParallelSpec, blocks: Mapping[BlockKind, BlockCost]) -> list[Stage]:
         """Cut the model into the stages of a layout, from first to last."""
-        seconds: dict[BlockKind, float] = {
-            kind: cost.time.forward_s + cost.time.input_s + cost.time.weight_s + sum(cost.tensor_s)
-            for kind, cost in blocks.items()
-        }
-        return cut_stages(self.model, num_stages(layout), seconds)
+        seconds: dict[BlockKind, float] = {}
+        for kind, cost in blocks.items():
+            seconds[kind] = cost.time.forward_s + cost.time.input_s + cost.time.weight_s + sum(cost.tensor_s)
+        key = (num_stages(layout), *seconds.values())
+        if key not in self._cuts:
+            self._cuts[key] = cut_stages(self.model, num_stages(layout), seconds)
+        return self._cuts[key]
 
     def stage_cost(self, stage: Stage, blocks: Mapping[BlockKind, BlockCost]) -> StageCost:
         """Return the seconds of a micro-batch on a stage."""
@@ -330,31 +395,6 @@ class StepModel:
             self._hosts[key] = tuple(map(tuple, held))
         return self._hosts[key]
 
-    def _memory(
-        self,
-        layout: ParallelSpec,
-        stages: list[Stage],
-        hosts: tuple[tuple[int, ...], ...],
-        pipeline: PipelineCost,
-    ) -> tuple[RankMemory, ...]:
-        kinds: set[BlockKind] = {kind for stage in stages for kind, _ in stage.blocks}
-        kept: dict[BlockKind, float] = {}
-        for kind in kinds:
-            kept[kind] = self._kept_bytes(kind, layout, layout.recompute)
-        buffers = [self._buffers(layout, [stages[number] for number in held]) for held in hosts]
-        return tuple(
-            rank_memory(
-                BlockParameters(self.model, self.count, layout),
-                layout,
-                self.workload,
-                [[stages[number] for number in held] for held in hosts],
-                kept,
-                pipeline.peak_activations,
-                buffers,
-                self.cluster.device.reserved_bytes,
-            )
-        )
-
     def _kept_bytes(self, kind: BlockKind, layout: ParallelSpec, recompute: str) -> float:
         key = (
             kind,
@@ -396,52 +436,40 @@ class StepModel:
     # -- the answer -------------------------------------------------------------------------------------
 
     def _parts(
-        self,
-        layout: ParallelSpec,
-        costs: list[StageCost],
-        held: tuple[int, ...],
-        micro_batches: int,
-        pipeline: PipelineCost,
-        rank: int,
-        transfer_s: float,
+        self, ready: PreparedStep, held: tuple[int, ...], pipeline: PipelineCost, rank: int
     ) -> dict[PartName, float]:
         """Split the pipeline's time on one rank; what computation does not explain is communication."""
+        layout = ready.layout
         # With two copies, half of the micro-batches pass through each of a rank's stages.
-        passes = micro_batches / (2 if layout.schedule == "dualpipe" else 1)
-        mine = [costs[number] for number in held]
-        bubble = pipeline.bubble_s[rank]
+        passes = ready.micro_batches / (2 if layout.schedule == "dualpipe" else 1)
+        mine = [ready.costs[number] for number in held]
         parts: dict[PartName, float] = {
             "matrix products": passes * sum(cost.work_s[0] for cost in mine),
             "attention": passes * sum(cost.work_s[1] for cost in mine),
             "memory traffic": passes * sum(cost.work_s[2] for cost in mine),
             "recomputation": passes * sum(cost.recompute_s for cost in mine),
             "tensor-parallel network": passes * sum(cost.tensor_s for cost in mine),
-            "pipeline transfers": 0.0 if layout.overlap_transfers else passes * 2 * transfer_s * len(mine),
+            "pipeline transfers": 0.0 if layout.overlap_transfers else passes * 2 * ready.transfer_s * len(mine),
         }
-        exposed = pipeline.makespan_s - bubble - sum(parts.values())
+        exposed = pipeline.makespan_s - pipeline.bubble_s[rank] - sum(parts.values())
         parts["expert network"] = max(0.0, exposed) if any(sum(cost.expert_s) for cost in mine) else 0.0
         parts["pipeline bubble"] = pipeline.makespan_s - sum(parts.values())
         return parts
 
-    def _result(
-        self,
-        layout: ParallelSpec,
-        micro_batches: int,
-        step_s: float,
-        pipeline: PipelineCost,
-        parts: dict[PartName, float],
-        memory: tuple[RankMemory, ...],
-    ) -> StepEstimate:
-        tokens = micro_batches * layout.micro_batch_size * layout.dp * self.workload.sequence_length
+    def _result(self, ready: PreparedStep, pipeline: PipelineCost, parts: dict[PartName, float]) -> StepEstimate:
+        layout = ready.layout
+        step_s = pipeline.makespan_s + parts["data-parallel network"] + parts["optimizer"]
+        tokens = ready.micro_batches * layout.micro_batch_size * layout.dp * self.workload.sequence_length
         devices, rate = layout.num_devices, tokens / step_s
         hours = 1e12 / rate / 3600 * devices
         price = self.cluster.device_hour_usd
+        memory = self.memory(ready)
         fullest = max(memory, key=lambda row: row.total)
         peak = peak_flops_per_s(self.cluster.device, "fp32" if layout.precision == "fp32" else "bf16")
         return StepEstimate(
             layout=layout,
             num_devices=devices,
-            num_micro_batches=micro_batches,
+            num_micro_batches=ready.micro_batches,
             tokens_per_step=tokens,
             step_s=step_s,
             pipeline_s=pipeline.makespan_s,
