@@ -27,6 +27,7 @@ SHAPES = [
     FatTree(32, 8, ports_per_node=4, rails=True),
     FatTree(96, 8, 3, ports_per_node=4, rails=True),
     TwoZone(20, 6, 8, 8, 4, 2, 2),
+    TwoZone(5, 6, 8, 8, 4, 2, 2, 4),
     Dragonfly(2, 4, 2, 9),
     Dragonfly(2, 4, 2, 6),
     Dragonfly(1, 3, 1, 2),
@@ -312,6 +313,7 @@ def test_every_topology_has_a_port_for_every_nic(topology, nodes):
     spec = cluster(topology=topology)
     network = build_network(spec, nodes)
     assert network.num_endpoints >= 8 * nodes
+    assert np.array_equal(network.node[: 8 * nodes], np.arange(8 * nodes) // 8)
     ends = np.arange(8 * nodes)
     lasts = route(network, ends, ends[::-1] // 8 * 8 + ends % 8, "ecmp")
     assert (lasts.latency_s[ends // 8 != ends[::-1] // 8] > 0).all()
@@ -327,6 +329,8 @@ def test_fully_connected_switches_carry_up_to_a_thousand_endpoints():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: FatTree(0), "a tree has 1 or more"),
+        (lambda: cluster_shape(cluster(), 0), "num_nodes = 0"),
         (lambda: FatTree(4096), "take three layers or more planes"),
         (lambda: FatTree(10, 8, num_planes=4, ports_per_node=4), "nearest: 8 endpoints"),
         (lambda: FatTree(10, 8, layers=4), "layers = 4"),

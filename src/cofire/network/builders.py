@@ -177,7 +177,7 @@ def _two_zone(shape: TwoZone) -> _Wiring:
     place = np.arange(joining_links + shape.num_storage_nodes)
     spread = place * shape.num_leaves // max(len(place), 1)
     taken = np.bincount(spread, minlength=shape.num_leaves)
-    free = np.repeat(np.arange(shape.num_leaves), shape.down - taken)[: shape.nodes_per_zone]
+    free = np.repeat(np.arange(shape.num_leaves), shape.down - taken)[: shape.ports_per_zone]
     # Every (number of places / number of joining links)-th place is a joining link.
     is_joining = np.zeros(len(place), bool)
     is_joining[np.arange(joining_links) * len(place) // max(joining_links, 1)] = True
@@ -185,9 +185,10 @@ def _two_zone(shape: TwoZone) -> _Wiring:
 
     num_nodes = 2 * shape.nodes_per_zone
     storage_zone = np.tile([0, 1], shape.num_storage_nodes)
-    endpoint_zone = np.concatenate([np.repeat([0, 1], shape.nodes_per_zone), storage_zone])
+    endpoint_zone = np.concatenate([np.repeat([0, 1], shape.ports_per_zone), storage_zone])
     attach = np.concatenate([free, free, np.repeat(storage, 2)]) + endpoint_zone * per_zone
-    node = np.concatenate([np.arange(num_nodes), num_nodes + np.repeat(np.arange(shape.num_storage_nodes), 2)])
+    computing = np.arange(2 * shape.ports_per_zone) // shape.ports_per_node
+    node = np.concatenate([computing, num_nodes + np.repeat(np.arange(shape.num_storage_nodes), 2)])
     zone_levels = np.repeat([1, 2], [shape.num_leaves, shape.num_spines])
     wiring = _Wiring(
         attach,

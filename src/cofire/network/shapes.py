@@ -63,6 +63,7 @@ class FatTree:
 
     def __post_init__(self) -> None:
         _check(self.layers in (2, 3), f"layers = {self.layers} is not 2 or 3; take 2 or 3")
+        _check(self.num_endpoints >= 1, f"num_endpoints = {self.num_endpoints}: a tree has 1 or more")
         _check(self.switch_ports >= 2, f"switch_ports = {self.switch_ports}: a tree needs at least 2")
         _check(self.oversubscription >= 1, f"oversubscription = {self.oversubscription:g} must be 1 or more; take 1")
         _check(
@@ -167,13 +168,14 @@ class TwoZone:
     fill the 800 ports of a zone.
 
     Attributes:
-        nodes_per_zone: Computing nodes of a zone, one port each.
+        nodes_per_zone: Computing nodes of a zone.
         num_storage_nodes: Nodes with one port in each zone.
         switch_ports: Ports of every switch; half of a leaf's go up.
         num_leaves: Leaves of a zone.
         num_spines: Spines of a zone.
         num_joining_switches: Switches between the zones.
         cross_links: Links from a joining switch to each zone.
+        ports_per_node: Of a computing node, all in its zone.
     """
 
     nodes_per_zone: int = 600
@@ -183,9 +185,10 @@ class TwoZone:
     num_spines: int = 20
     num_joining_switches: int = 2
     cross_links: int = 10
+    ports_per_node: int = 1
 
     def __post_init__(self) -> None:
-        taken = self.nodes_per_zone + self.num_storage_nodes + self.num_joining_switches * self.cross_links
+        taken = self.ports_per_zone + self.num_storage_nodes + self.num_joining_switches * self.cross_links
         room = self.num_leaves * self.down
         _check(
             taken <= room,
@@ -209,9 +212,14 @@ class TwoZone:
         return self.switch_ports // 2
 
     @property
+    def ports_per_zone(self) -> int:
+        """Of computing nodes."""
+        return self.nodes_per_zone * self.ports_per_node
+
+    @property
     def num_endpoints(self) -> int:
         """Ports of computing and storage nodes."""
-        return 2 * (self.nodes_per_zone + self.num_storage_nodes)
+        return 2 * (self.ports_per_zone + self.num_storage_nodes)
 
     def counts(self) -> Counts:
         """Return endpoints that are in use, switches and links."""
@@ -389,6 +397,7 @@ def cluster_shape(cluster: ClusterSpec, num_nodes: int | None = None) -> Shape:
     network = cluster.network
     if network is None:
         raise PlanError(f"{cluster.name} has no network; add a [network] table, or plan one node")
+    _check(num_nodes is None or num_nodes >= 1, f"num_nodes = {num_nodes}: a network joins 1 node or more")
     needed = (num_nodes or cluster.num_nodes) * network.nics_per_node
     num_endpoints = network.num_endpoints if num_nodes is None and network.num_endpoints else needed
     if num_endpoints < needed:
@@ -414,12 +423,15 @@ def _tree(network: NetworkSpec, num_endpoints: int) -> FatTree:
 
 def _two_zone(network: NetworkSpec, num_endpoints: int) -> TwoZone:
     """Zones with room for the nodes, a storage port for every fourth node and the joining links."""
-    per_zone, half = -(-num_endpoints // 2), network.switch_ports // 2
+    ports, half = network.nics_per_node, network.switch_ports // 2
+    nodes = -(-num_endpoints // (2 * ports))
+    per_zone = nodes * ports
     joining = min(10, half, max(1, per_zone // 60))
     free = half * network.switch_ports - per_zone - 2 * joining
     storage = max(0, min(free, round(0.3 * per_zone)))
     leaves = -(-(per_zone + storage + 2 * joining) // half)
-    return TwoZone(per_zone, storage, network.switch_ports, leaves, _fewest(half, leaves, 2 * half), 2, joining)
+    spines = _fewest(half, leaves, 2 * half)
+    return TwoZone(nodes, storage, network.switch_ports, leaves, spines, 2, joining, ports)
 
 
 def _dragonfly(network: NetworkSpec, num_endpoints: int) -> Dragonfly:
