@@ -55,16 +55,18 @@ class Rates:
         self.memory_bytes_per_s = device.memory_bandwidth_bytes_per_s * device.memory_efficiency.value
         self.kernel_latency_s = device.kernel_latency_s.value
 
-    def matrix_flops_per_s(self, number_format: Format) -> float:
-        """Of large matrix products.
+    def matrix_flops_per_s(self, number_format: Format, weight: bool = False) -> float:
+        """Of large matrix products, or of those for gradients of weights.
 
         Raises:
             PlanError: The device has no peak for the format.
         """
         device = self._device
         efficiency = device.matrix_efficiency
-        if number_format == "fp8" and device.fp8_matrix_efficiency is not None:
-            efficiency = device.fp8_matrix_efficiency
+        if number_format == "fp8":
+            efficiency = device.fp8_matrix_efficiency or efficiency
+            if weight:
+                efficiency = device.fp8_weight_efficiency or efficiency
         return peak_flops_per_s(device, number_format) * efficiency.value
 
     def attention_flops_per_s(self, number_format: Format) -> float:
@@ -73,13 +75,15 @@ class Rates:
 
     def kernel_s(self, kernel: Kernel) -> tuple[float, float, float]:
         """Seconds of a kernel's forward pass, input gradient and weight gradients; nothing where it has no work."""
-        rate = 1.0
-        if kernel.work != "memory":
-            reached = self.matrix_flops_per_s if kernel.work == "matrix" else self.attention_flops_per_s
-            rate = reached(kernel.number_format)
+        rates = (1.0, 1.0, 1.0)
+        if kernel.work == "matrix":
+            rate = self.matrix_flops_per_s(kernel.number_format)
+            rates = (rate, rate, self.matrix_flops_per_s(kernel.number_format, weight=True))
+        elif kernel.work == "attention":
+            rates = (self.attention_flops_per_s(kernel.number_format),) * 3
         times = [
             flops / rate + size / self.memory_bytes_per_s + self.kernel_latency_s if flops or size else 0.0
-            for flops, size in zip(kernel.flops, kernel.size_bytes, strict=True)
+            for flops, size, rate in zip(kernel.flops, kernel.size_bytes, rates, strict=True)
         ]
         return times[0], times[1], times[2]
 

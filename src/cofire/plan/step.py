@@ -29,7 +29,7 @@ from cofire.plan.pipeline_cost import PipelineCost, schedule_cost
 from cofire.plan.rates import BlockTime, Rates, peak_flops_per_s
 from cofire.plan.stages import Stage, cut_stages
 from cofire.plan.timeline import ChunkTimes
-from cofire.plan.traffic import Links, expert_traffic, ring_s, tensor_bytes, transfer_bytes
+from cofire.plan.traffic import Links, expert_traffic, reduce_s, tensor_bytes, transfer_bytes
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
@@ -373,12 +373,8 @@ class StepModel:
         return network, optimizer
 
     def _reduce_s(self, layout: ParallelSpec, dense_bytes: float, expert_bytes: float, expert_group: int) -> float:
-        total = 0.0
-        if layout.dp > 1:
-            total += ring_s(self.links.between(layout.dp * layout.tp), dense_bytes, layout.dp)
-        if expert_group > 1 and expert_bytes:
-            total += ring_s(self.links.between(layout.dp * layout.tp), expert_bytes, expert_group)
-        return total
+        total = reduce_s(self.links, dense_bytes, layout.dp, layout.tp)
+        return total + reduce_s(self.links, expert_bytes, expert_group, layout.tp if layout.ep == 1 else layout.ep)
 
     # -- memory -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ send most lie on the fast links. Times are latency plus bytes over what a link r
 - ``ep``: a token goes once to each node that holds one of its experts, over the network, and from there to the devices
   over the fast links (DeepSeek-V3 technical report, section 3.2.2). The slower of the two counts.
 - ``pp``: hidden states of a micro-batch, split over ``tp``.
-- ``dp``: gradients are reduce-scattered and weights gathered back.
+- ``dp``: gradients are reduce-scattered and weights gathered back, first inside nodes, so that each device of a node
+  sends its share alone over the network.
 
 Left out: contention between axes, which the flow simulation of ``cofire.network`` shows.
 """
@@ -25,6 +26,7 @@ from cofire.spec.parallel import ParallelSpec
 
 # An FP8 tile of 128 numbers carries one FP32 scale.
 _FP8_BYTES = 1 + 4 / 128
+_HOST_LATENCY_S = 10e-6  # of a copy through the host: an assumption, and little beside the copy itself
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,15 @@ class Links:
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self.cluster = cluster
-        self.domain = cluster.scale_up_size
+        self.domain = 1
         self.scale_up = None
         if cluster.scale_up is not None:
             fast = cluster.scale_up
+            self.domain = cluster.scale_up_size
             self.scale_up = Link(fast.bandwidth_bytes_per_s * fast.efficiency.value, fast.latency_s.value)
+        elif cluster.host is not None:  # devices of a node reach each other through the host
+            self.domain = cluster.devices_per_node
+            self.scale_up = Link(cluster.host.pcie_bandwidth_bytes_per_s, _HOST_LATENCY_S)
         self.network = None
         if cluster.network is not None:
             wires = cluster.network
@@ -145,8 +151,23 @@ def expert_traffic(
     return ExpertTraffic(reached, devices, network_bytes, scale_up_bytes, time_s)
 
 
-def ring_s(link: Link, size_bytes: float, group: int) -> float:
-    """Seconds of a reduce-scatter or an all-gather over a group: bytes of a ring, rounds of a tree."""
-    if group <= 1:
+def reduce_s(links: Links, size_bytes: float, group: int, stride: int) -> float:
+    """Seconds of a reduce-scatter or an all-gather over a group, first inside nodes, then between them.
+
+    Args:
+        links: Of the cluster.
+        size_bytes: What each device has (reduce-scatter) or gets (all-gather).
+        group: Devices.
+        stride: How far apart in number two neighbours of the group are.
+    """
+    if group <= 1 or size_bytes == 0:
         return 0.0
-    return link.time_s(size_bytes * (group - 1) / group, math.log2(group))
+    inside = min(group, max(1, links.domain // stride))
+    nodes = -(-group // inside)
+    time_s = 0.0
+    if inside > 1 and links.scale_up is not None:
+        time_s += links.scale_up.time_s(size_bytes * (inside - 1) / inside, inside - 1)
+    if nodes > 1:
+        between = links.between(links.domain + 1)
+        time_s += between.time_s(size_bytes / inside * (nodes - 1) / nodes, math.log2(nodes))
+    return time_s

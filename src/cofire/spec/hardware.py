@@ -79,6 +79,9 @@ class DeviceSpec(Spec):
     fp8_matrix_efficiency: Figure | None = Field(
         default=None, description="of FP8 products with fine-grained scaling; none: matrix_efficiency"
     )
+    fp8_weight_efficiency: Figure | None = Field(
+        default=None, description="of FP8 products for gradients of weights; none: fp8_matrix_efficiency"
+    )
     attention_efficiency: Figure = _fraction(0.5, 0.35, 0.65)
     memory_efficiency: Figure = _fraction(0.8, 0.65, 0.9)
     kernel_latency_s: Figure = Figure(value=4e-6, low=2e-6, high=8e-6, source="rule of thumb")
