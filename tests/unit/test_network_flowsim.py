@@ -400,6 +400,12 @@ def test_a_queued_flow_starts_when_the_one_before_has_left_and_not_when_it_arriv
         assert simulate_flows(network, routes, flows, merge=merge).finish_s.tolist() == [6, 7, 13]
 
 
+def test_flows_that_wait_are_told_apart_by_how_they_wait():
+    network, routes = links_only([1.0] * 4), rows([{link: 1.0} for link in range(4)], 5.0)
+    flows = Flows(np.ones(4), before=np.array([0, 1]), after=np.array([2, 3]), queued=np.array([True, False]))
+    assert simulate_flows(network, routes, flows).finish_s.tolist() == [6, 6, 7, 12]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.5, 20), min_size=1, max_size=8), st.floats(1, 5), st.floats(1, 4))
 def test_more_capacity_of_the_only_link_never_delays_anyone(sizes: list[float], capacity: float, factor: float):
