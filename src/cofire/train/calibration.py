@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.errors import TrainError
-from cofire.model.linear import grouped_linear, matrix_product, weight_gradient
+from cofire.model.linear import grouped_linear, matrix_product
 from cofire.model.memory import keep_freed_memory
 from cofire.model.moe import silu_product
 from cofire.model.rope import Rotation, rotate
@@ -189,7 +189,7 @@ def _product_tasks() -> Iterator[Task]:
     for form in _FORMS:
         for name, batch, m, n, k in shapes:
             flops = 2.0 * batch * m * n * k
-            if flops <= _FLOPS_MAX[name] and (form != "weight_gradient" or m <= n or batch > 1):
+            if flops <= _FLOPS_MAX[name]:
                 task = functools.partial(product_calls, name, form, batch, m, n, k)
                 yield f"product {name} {form} {batch} {m} {n} {k}", task, flops
 
@@ -209,10 +209,7 @@ def product_calls(name: str, form: Form, batch: int, m: int, n: int, k: int) -> 
             calls.append(lambda a=a, b=b: matrix_product(a, b.mT))
         else:
             a, b = _random(dtype, *shape, k, m), _random(dtype, *shape, k, n)
-            if batch == 1:
-                calls.append(lambda a=a, b=b: weight_gradient(a, b))
-            else:
-                calls.append(lambda a=a, b=b: matrix_product(a.mT, b.mT))
+            calls.append(lambda a=a, b=b: matrix_product(a.mT, b.mT))
     return calls
 
 
