@@ -10,12 +10,11 @@ from typer.core import TyperGroup
 
 from cofire.cli.options import JsonOption, SetOption, complete_cluster, complete_run, complete_schedule
 from cofire.cli.output import console, print_json
+from cofire.cli.plan_question import check_suffix, read_question
 
 if TYPE_CHECKING:
     from cofire.plan import ChunkTimes, Plan, Schedule, ScheduleCost, Timeline
     from cofire.spec import PipelineSpec
-
-_PREFIXES = ("workload.", "cluster.")
 
 
 class _PlanGroup(TyperGroup):
@@ -60,27 +59,35 @@ def plan(
             metavar="NAME|FILE", help="Bound the plan by this cluster's devices.", autocompletion=complete_cluster
         ),
     ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also print the formulas, with the numbers in.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the plan to this .json file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the plan as one self-contained HTML page.")] = None,
     as_json: JsonOption = False,
     overrides: SetOption = None,
 ) -> None:
-    """Estimate parameters, cache, operations and memory of a model, without building it.
+    """Estimate parameters, cache, operations and memory of a model; with a cluster, how it trains there.
 
-    Paths under workload. (sequence_length, micro_batch_size, recipe, moments, recompute, ema, context_length,
-    batch_size, weight_format, cache_bytes_per_number) set what is asked; paths under cluster. change the cluster; all
-    others change the model or the run.
+    Paths under workload. (sequence_length, global_batch_size, micro_batch_size, recipe, moments, recompute, ema,
+    context_length, batch_size, weight_format, cache_bytes_per_number, expert_load_skew) set what is asked; paths under
+    cluster. change the cluster; paths under parallel. (pp, dp, ep, tp, schedule, recompute, precision ...) fix parts of
+    the layout, and the rest is searched; all others change the model or the run.
     """
-    if out is not None and out.suffix != ".json":
-        raise typer.BadParameter(f"{str(out)!r} must end in .json", param_hint="--out")
+    check_suffix(out, ".json", "--out")
+    check_suffix(html, ".html", "--html")
     result = make_plan(source, cluster, overrides or ())
     if out is not None:
         result.save(out)
+    if html is not None:
+        from cofire.plan.page import write_page
+        from cofire.plan.plan_page import plan_page
+
+        write_page(html, plan_page(result))
     if as_json:
         print_json(result.to_dict())
         return
     from cofire.plan import note
 
-    console().print(note(result))
+    console().print(note(result, explain))
 
 
 def make_plan(source: str, cluster: str | None, overrides: list[str] | tuple[str, ...]) -> Plan:
@@ -90,34 +97,10 @@ def make_plan(source: str, cluster: str | None, overrides: list[str] | tuple[str
         SpecError: A spec cannot be read or breaks a rule.
         PlanError: The planner cannot answer.
     """
-    from cofire.errors import PlanError, SpecError
-    from cofire.plan import default_workload, estimate, run_workload
-    from cofire.spec import ClusterSpec, ModelSpec, RunSpec, WorkloadSpec, load, load_as, parse
-    from cofire.spec.io import override
+    from cofire.plan import estimate
 
-    own = [item for item in overrides if not item.startswith(_PREFIXES)]
-    spec = load(spec_source(source), own)
-    if not isinstance(spec, ModelSpec | RunSpec):
-        raise SpecError(f"{source} is a cluster spec, but a plan needs a model or a run; give it as --cluster")
-    workload = default_workload(spec) if isinstance(spec, ModelSpec) else run_workload(spec)
-    table = {"workload": workload.model_dump(mode="json")}
-    for item in overrides:
-        if item.startswith("workload."):
-            override(table, item)
-    workload = parse(WorkloadSpec, table["workload"], "workload")
-    changes = [item.removeprefix("cluster.") for item in overrides if item.startswith("cluster.")]
-    if changes and cluster is None:
-        raise PlanError(f"--set cluster.{changes[0]} changes a cluster, but none is given; add --cluster h800-2048")
-    machine = None if cluster is None else load_as(ClusterSpec, cluster, changes)
-    return estimate(spec, machine, workload=workload)
-
-
-def spec_source(source: str) -> str:
-    """Return the spec file of a run's folder (``run.toml``) or a checkpoint's (``model.toml``), else the source."""
-    for name in ("run.toml", "model.toml"):
-        if (Path(source) / name).is_file():
-            return str(Path(source) / name)
-    return source
+    asked = read_question(source, cluster, overrides)
+    return estimate(asked.spec, asked.cluster, asked.parallel or None, asked.workload)
 
 
 def pipeline(

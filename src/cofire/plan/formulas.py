@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cofire.network.collective_time import collective_time_s
 from cofire.plan.device_memory import ROLES
 from cofire.plan.step import StepEstimate, StepModel, num_stages
-from cofire.plan.traffic import expert_traffic, tensor_bytes, transfer_bytes
+from cofire.plan.traffic import expert_traffic, hidden_bytes, transfer_bytes
 from cofire.spec.spec_type import Spec
 from cofire.spec.units import format_duration, format_quantity
 
@@ -75,13 +76,13 @@ def _rates(steps: StepModel, step: StepEstimate) -> Iterator[_Row]:
 def _traffic(steps: StepModel, step: StepEstimate) -> Iterator[_Row]:
     layout, length, model = step.layout, steps.workload.sequence_length, steps.model
     if layout.tp > 1:
-        size = tensor_bytes(model, layout, length)
-        link = steps.links.between(layout.tp)
+        size, group = hidden_bytes(model, layout, length), steps.links.group(layout.tp)
         yield (
             "tensor-parallel exchange",
             "b s d bytes (tp - 1) / tp / bandwidth",
-            f"{format_quantity(size, 'B')} / {format_quantity(link.bandwidth_bytes_per_s, 'B/s')}",
-            format_duration(link.time_s(size, layout.tp - 1)),
+            f"{format_quantity(size, 'B')} x {layout.tp - 1} / {layout.tp} / "
+            f"{format_quantity(group.inside.bandwidth_bytes_per_s, 'B/s')}",
+            format_duration(collective_time_s("all_gather", size, group, "ring")),
         )
     if layout.ep > 1:
         for way in ("dispatch", "combine"):
@@ -95,12 +96,13 @@ def _traffic(steps: StepModel, step: StepEstimate) -> Iterator[_Row]:
             )
     if layout.pp > 1:
         size = transfer_bytes(model, layout, length)
-        link = steps.links.between(layout.num_devices)
+        group = steps.links.group(layout.num_devices)
+        wire = group.across if group.num_nodes > 1 else group.inside
         yield (
             "transfer between stages",
             "b s d bytes / tp / bandwidth",
-            f"{format_quantity(size, 'B')} / {format_quantity(link.bandwidth_bytes_per_s, 'B/s')}",
-            format_duration(link.time_s(size)),
+            f"{format_quantity(size, 'B')} / {format_quantity(wire.bandwidth_bytes_per_s, 'B/s')}",
+            format_duration(steps.links.transfer_s(size, layout.num_devices)),
         )
 
 

@@ -15,6 +15,8 @@ from cofire.plan.inference import mtp_speed_up
 from cofire.plan.kv_cache import KVCacheSize
 from cofire.plan.memory import InferenceMemory, MemoryEstimate
 from cofire.plan.parameters import ParameterCount
+from cofire.plan.training import TrainingPlan
+from cofire.plan.training_note import training_note
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.io import load_value, save
 from cofire.spec.model import ModelSpec
@@ -42,7 +44,8 @@ class RunCost(Spec):
 class Plan(Spec):
     """What a model costs: parameters, cache, operations, memory, and bounds on a cluster if one was given.
 
-    ``training_memory_other`` is the same training with the opposite choice of recomputation.
+    ``training_memory_other`` is the same training with the opposite choice of recomputation. ``training`` is how the
+    whole cluster trains the model; where no layout can be taken, ``training_refused`` says why.
     """
 
     kind: Literal["plan"] = "plan"
@@ -59,6 +62,8 @@ class Plan(Spec):
     decode_flops: DecodeFlops
     inference_memory: InferenceMemory
     bounds: Bounds | None = None
+    training: TrainingPlan | None = None
+    training_refused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values; ``Plan.from_dict`` gives an equal plan."""
@@ -87,8 +92,8 @@ class Plan(Spec):
         return load_value(cls, path)
 
 
-def note(plan: Plan) -> RenderableType:
-    """Return the plan as an engineer's note, to be printed by a rich console."""
+def note(plan: Plan, explain: bool = False) -> RenderableType:
+    """Return the plan as an engineer's note, to be printed by a rich console; ``explain`` adds the formulas."""
     from rich.console import Group
     from rich.text import Text
 
@@ -101,6 +106,8 @@ def note(plan: Plan) -> RenderableType:
     ]
     if plan.bounds is not None:
         parts.append(_bounds_table(plan))
+    if plan.training is not None and plan.cluster is not None:
+        parts += training_note(plan.training, plan.cluster, explain)
     parts.append(Text("\n".join(_remarks(plan)), style="dim"))
     return Group(*(item for part in parts for item in (part, Text(""))))
 
@@ -241,6 +248,13 @@ def _remarks(plan: Plan) -> list[str]:
         needed, cluster = plan.bounds.decode.num_devices, plan.cluster
         if cluster is not None and needed > cluster.num_devices:
             remarks.append(f"Decoding needs {needed} devices; {cluster.name} has {cluster.num_devices}.")
+    if plan.training is not None:
+        remarks.append(
+            "A step is modelled from kernels, traffic and the schedule's simulation; in brackets, figures at the ends "
+            "of their intervals, taken as independent. cofire plan layouts looks further."
+        )
+    if plan.training_refused:
+        remarks.append(f"No training plan: {plan.training_refused}.")
     if plan.run is not None and plan.run.precision.recipe == "auto":
         remarks.append("precision.recipe = auto is planned as fp32; the run takes the faster one it measures.")
     return remarks

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cofire.errors import PlanError
+from cofire.network.collective_time import collective_time_s
 from cofire.plan.activations import block_activation_bytes
 from cofire.plan.device_memory import BlockParameters, RankMemory, rank_memory
 from cofire.plan.flops import training_flops_per_token
@@ -29,7 +30,7 @@ from cofire.plan.pipeline_cost import PipelineCost, schedule_cost
 from cofire.plan.rates import BlockTime, Rates, peak_flops_per_s
 from cofire.plan.stages import Stage, cut_stages
 from cofire.plan.timeline import ChunkTimes
-from cofire.plan.traffic import Links, expert_traffic, reduce_s, tensor_bytes, transfer_bytes
+from cofire.plan.traffic import Links, expert_traffic, hidden_bytes, transfer_bytes
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
@@ -269,8 +270,8 @@ class StepModel:
         again = 2 if recompute == "full" else 1
         tensor = 0.0
         if passes:
-            link = self.links.between(layout.tp)
-            tensor = passes * link.time_s(tensor_bytes(self.model, layout, length), layout.tp - 1)
+            size = hidden_bytes(self.model, layout, length)
+            tensor = passes * collective_time_s("all_gather", size, self.links.group(layout.tp), "ring")
         if kind != "moe":
             return BlockCost(time, (tensor, again * tensor), (0.0, 0.0))
         # The fullest device receives more; the others wait for it.
@@ -320,8 +321,8 @@ class StepModel:
     def _transfer_s(self, layout: ParallelSpec) -> float:
         if layout.pp == 1:
             return 0.0
-        link = self.links.between(layout.num_devices)
-        return link.time_s(transfer_bytes(self.model, layout, self.workload.sequence_length))
+        size = transfer_bytes(self.model, layout, self.workload.sequence_length)
+        return self.links.transfer_s(size, layout.num_devices)
 
     def _chunk_times(self, layout: ParallelSpec, costs: list[StageCost], transfer_s: float) -> ChunkTimes:
         exposed = 0.0 if layout.overlap_transfers else transfer_s
@@ -373,8 +374,9 @@ class StepModel:
         return network, optimizer
 
     def _reduce_s(self, layout: ParallelSpec, dense_bytes: float, expert_bytes: float, expert_group: int) -> float:
-        total = reduce_s(self.links, dense_bytes, layout.dp, layout.tp)
-        return total + reduce_s(self.links, expert_bytes, expert_group, layout.tp if layout.ep == 1 else layout.ep)
+        stride = layout.tp if layout.ep == 1 else layout.ep
+        dense_s = self.links.reduce_s(dense_bytes, layout.dp, layout.tp)
+        return dense_s + self.links.reduce_s(expert_bytes, expert_group, stride)
 
     # -- memory -----------------------------------------------------------------------------------------
 

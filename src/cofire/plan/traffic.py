@@ -16,10 +16,11 @@ Left out: contention between axes, which the flow simulation of ``cofire.network
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from cofire.errors import PlanError
+from cofire.network.collective_time import Group, Wire, collective_time_s
+from cofire.network.expert_traffic import expert_exchange_time_s, groups_reached
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
@@ -27,18 +28,6 @@ from cofire.spec.parallel import ParallelSpec
 # An FP8 tile of 128 numbers carries one FP32 scale.
 _FP8_BYTES = 1 + 4 / 128
 _HOST_LATENCY_S = 10e-6  # of a copy through the host: an assumption, and little beside the copy itself
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a device reaches of a link, one way."""
-
-    bandwidth_bytes_per_s: float
-    latency_s: float
-
-    def time_s(self, size_bytes: float, hops: float = 1) -> float:
-        """Seconds of ``size_bytes`` in ``hops`` rounds; nothing for no bytes."""
-        return 0.0 if size_bytes == 0 else size_bytes / self.bandwidth_bytes_per_s + hops * self.latency_s
 
 
 @dataclass(frozen=True)
@@ -61,63 +50,65 @@ class ExpertTraffic:
 
 
 class Links:
-    """The links of a cluster as one device sees them."""
+    """The wires of a cluster as one device sees them, at what they reach of their bandwidth."""
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self.cluster = cluster
         self.domain = 1
-        self.scale_up = None
+        self.scale_up: Wire | None = None
         if cluster.scale_up is not None:
             fast = cluster.scale_up
             self.domain = cluster.scale_up_size
-            self.scale_up = Link(fast.bandwidth_bytes_per_s * fast.efficiency.value, fast.latency_s.value)
+            self.scale_up = Wire(fast.latency_s.value, fast.bandwidth_bytes_per_s * fast.efficiency.value)
         elif cluster.host is not None:  # devices of a node reach each other through the host
             self.domain = cluster.devices_per_node
-            self.scale_up = Link(cluster.host.pcie_bandwidth_bytes_per_s, _HOST_LATENCY_S)
-        self.network = None
+            self.scale_up = Wire(_HOST_LATENCY_S, cluster.host.pcie_bandwidth_bytes_per_s)
+        self.network: Wire | None = None
         if cluster.network is not None:
             wires = cluster.network
             share = wires.nics_per_node / cluster.devices_per_node
             rate = wires.bandwidth_bytes_per_s * share * wires.efficiency.value / wires.oversubscription
-            self.network = Link(rate, wires.cross_leaf_latency_s.value)
+            self.network = Wire(wires.cross_leaf_latency_s.value, rate)
 
-    def between(self, num_devices: int) -> Link:
-        """Return the link that a group of ``num_devices`` neighbouring devices uses.
+    def group(self, size: int, stride: int = 1) -> Group:
+        """Return ``size`` devices, each ``stride`` after the one before, as nodes and ranks in them.
 
         Raises:
-            PlanError: The cluster has none.
+            PlanError: They are on several nodes, and the cluster has no network.
         """
-        if self.scale_up is not None and num_devices <= self.domain:
-            return self.scale_up
-        if self.network is None:
+        inside = min(size, max(1, self.domain // stride))
+        nodes = -(-size // inside)
+        if nodes > 1 and self.network is None:
             raise PlanError(
-                f"{self.cluster.name} has no network, but a group of {num_devices} devices needs one beyond its "
+                f"{self.cluster.name} has no network, but a group of {size} devices needs one beyond its "
                 f"{self.domain}; set cluster.network or take degrees up to {self.domain}"
             )
-        return self.network
+        return Group(nodes, inside, self.scale_up, self.network)
+
+    def transfer_s(self, size_bytes: float, num_devices: int) -> float:
+        """Return the time of a message within ``num_devices`` neighbouring devices, across nodes if they span some."""
+        return collective_time_s("point_to_point", size_bytes, self.group(num_devices))
+
+    def reduce_s(self, size_bytes: float, group: int, stride: int) -> float:
+        """Return the time of a reduce-scatter or an all-gather, rings or first inside nodes, whichever is faster.
+
+        Args:
+            size_bytes: What each device has (reduce-scatter) or gets (all-gather).
+            group: Devices.
+            stride: How far apart in number two neighbours of the group are.
+        """
+        return 0.0 if size_bytes == 0 else collective_time_s("reduce_scatter", size_bytes, self.group(group, stride))
 
 
-def tensor_bytes(model: ModelSpec, layout: ParallelSpec, sequence_length: int) -> float:
-    """Bytes that one all-gather or reduce-scatter of a micro-batch sends from a device."""
+def hidden_bytes(model: ModelSpec, layout: ParallelSpec, sequence_length: int) -> float:
+    """Bytes of a micro-batch's hidden states, which the tensor axis gathers and scatters."""
     width = 4 if layout.precision == "fp32" else 2
-    tokens = layout.micro_batch_size * sequence_length
-    return tokens * model.hidden_size * width * (layout.tp - 1) / layout.tp
+    return layout.micro_batch_size * sequence_length * model.hidden_size * width
 
 
 def transfer_bytes(model: ModelSpec, layout: ParallelSpec, sequence_length: int) -> float:
     """Bytes that one device sends to the next stage for a micro-batch."""
-    width = 4 if layout.precision == "fp32" else 2
-    return layout.micro_batch_size * sequence_length * model.hidden_size * width / layout.tp
-
-
-def expected_distinct(num_places: int, num_experts: int, num_chosen: int) -> float:
-    """Expected places of ``num_places`` equal ones that hold a token's experts: ``G (1 - C(E-E/G, k) / C(E, k))``."""
-    rest = num_experts - num_experts / num_places
-    if rest < num_chosen:
-        return float(num_places)
-    log = math.lgamma
-    missed = log(rest + 1) - log(rest - num_chosen + 1) - log(num_experts + 1) + log(num_experts - num_chosen + 1)
-    return num_places * (1 - math.exp(missed))
+    return hidden_bytes(model, layout, sequence_length) / layout.tp
 
 
 def expert_traffic(
@@ -133,41 +124,17 @@ def expert_traffic(
     width = 4 if layout.precision == "fp32" else 2
     number = _FP8_BYTES if way == "dispatch" and layout.precision == "fp8" else width
     tokens = layout.micro_batch_size * sequence_length / layout.tp
-    nodes = max(1, layout.ep // links.domain)
-    experts, chosen = moe.num_routed_experts, moe.num_experts_per_token
-    reached = expected_distinct(nodes, experts, chosen)
-    if moe.num_expert_groups > 1 and moe.num_expert_groups >= nodes:
-        reached = min(reached, moe.num_limited_groups)
-    devices = max(reached, expected_distinct(layout.ep, experts, chosen))
-    size = tokens * model.hidden_size * number
-    network_bytes = size * reached * (nodes - 1) / nodes
-    inside = min(layout.ep, links.domain)
-    scale_up_bytes = size * devices * (inside - 1) / inside
-    if nodes == 1:
-        return ExpertTraffic(1, devices, 0.0, scale_up_bytes, links.between(layout.ep).time_s(scale_up_bytes))
-    time_s = links.between(layout.ep).time_s(network_bytes)
-    if links.scale_up is not None:
-        time_s = max(time_s, links.scale_up.time_s(scale_up_bytes) + links.between(layout.ep).latency_s)
-    return ExpertTraffic(reached, devices, network_bytes, scale_up_bytes, time_s)
-
-
-def reduce_s(links: Links, size_bytes: float, group: int, stride: int) -> float:
-    """Seconds of a reduce-scatter or an all-gather over a group, first inside nodes, then between them.
-
-    Args:
-        links: Of the cluster.
-        size_bytes: What each device has (reduce-scatter) or gets (all-gather).
-        group: Devices.
-        stride: How far apart in number two neighbours of the group are.
-    """
-    if group <= 1 or size_bytes == 0:
-        return 0.0
-    inside = min(group, max(1, links.domain // stride))
-    nodes = -(-group // inside)
-    time_s = 0.0
-    if inside > 1 and links.scale_up is not None:
-        time_s += links.scale_up.time_s(size_bytes * (inside - 1) / inside, inside - 1)
-    if nodes > 1:
-        between = links.between(links.domain + 1)
-        time_s += between.time_s(size_bytes / inside * (nodes - 1) / nodes, math.log2(nodes))
-    return time_s
+    group = links.group(layout.ep)
+    nodes, inside = group.num_nodes, group.ranks_per_node
+    limit = moe.num_limited_groups if moe.num_expert_groups > 1 else None
+    question = (moe.num_routed_experts, moe.num_experts_per_token)
+    reached = groups_reached(*question, nodes, moe.num_expert_groups, limit)
+    devices = groups_reached(*question, layout.ep, moe.num_expert_groups, limit)
+    size = model.hidden_size * number
+    return ExpertTraffic(
+        nodes=reached,
+        devices=devices,
+        network_bytes=tokens * size * reached * (nodes - 1) / nodes,
+        scale_up_bytes=tokens * size * devices * (inside - 1) / inside,
+        time_s=expert_exchange_time_s(tokens, size, group, reached, devices),
+    )
