@@ -23,6 +23,7 @@ SPECS = {
     "MTPSpec",
     "MoESpec",
     "ModelSpec",
+    "ParallelSpec",
     "PrecisionSpec",
     "RunSpec",
 }
@@ -40,7 +41,7 @@ VERBS = {"build", "dump", "estimate", "fit", "load"}
 RESULTS = {"Plan", "RunResult"}
 PUBLIC = {"__version__"} | SPECS | ERRORS | VERBS | RESULTS
 
-PACKAGES = ["cofire.spec", "cofire.plan", "cofire.model", "cofire.train", "cofire.serve"]
+PACKAGES = ["cofire.spec", "cofire.network", "cofire.plan", "cofire.model", "cofire.train", "cofire.serve"]
 
 
 def python(code: str) -> str:

@@ -81,7 +81,7 @@ def test_out_writes_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     [
         (["smal"], "'smal' is neither a preset nor a .toml or .json file; nearest: small"),
         (["h100-8"], "h100-8 is a cluster spec, but a plan needs a model or a run; give it as --cluster"),
-        (["tiny", "--cluster", "small"], "small is a model spec, but a cluster spec is needed here; presets: h100-8"),
+        (["tiny", "--cluster", "small"], "small is a model spec, but a cluster spec is needed here; presets: dgx-a100"),
         (["tiny", "--set", "cluster.num_nodes=2"], "changes a cluster, but none is given; add --cluster"),
         (["tiny", "--set", "workload.recipe=fp16"], "workload: recipe = 'fp16' is not one of fp32, bf16"),
         (["tiny", "--set", "workload.batch=3"], "workload: unknown key 'batch'; nearest: batch_size"),
