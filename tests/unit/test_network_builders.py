@@ -10,10 +10,20 @@ from cofire.errors import PlanError
 from cofire.network.analytical import analyse, analyse_cluster
 from cofire.network.builders import LinkSpeed, build, build_network
 from cofire.network.routing import link_loads, route
-from cofire.network.shapes import Dragonfly, FatTree, FullyConnected, SlimFly, Torus, TwoZone, cluster_shape
+from cofire.network.shapes import (
+    Dragonfly,
+    FatTree,
+    FullyConnected,
+    SlimFly,
+    Torus,
+    TwoZone,
+    cluster_shape,
+    network_shape,
+)
 from cofire.network.slim_fly import Field, slim_fly_edges
 from cofire.network.topology import SCALE_UP, Network
 from cofire.spec import ClusterSpec, load_as
+from cofire.spec.hardware import NetworkSpec
 
 SHAPES = [
     FatTree(32, 8),
@@ -357,3 +367,17 @@ def test_a_hundred_thousand_endpoints_need_no_graph():
     assert (facts.endpoints, facts.switches, facts.links) == (93_312, 5 * 72**2 // 4, 72**3 // 2)
     assert (small.num_switches, small.num_links // 2 - 128) == (5 * 8**2 // 4, 8**3 // 2)
     assert facts.bisection_bytes_per_s == 93_312 / 2 * 50e9
+
+
+@pytest.mark.parametrize(("switch_ports", "nics"), [(64, 8), (40, 1), (5, 3), (7, 1)])
+def test_two_zones_that_are_too_large_say_what_fits(switch_ports: int, nics: int):
+    spec = NetworkSpec(topology="two_zone", switch_ports=switch_ports, nics_per_node=nics, bandwidth_bytes_per_s=1.0)
+    with pytest.raises(PlanError, match=r"(\d+) endpoints fit in both zones") as refusal:
+        network_shape(spec, 10**6)
+    most = int(str(refusal.value).split()[-6])
+    assert analyse(network_shape(spec, most)).endpoints >= most
+
+
+def test_two_zones_of_one_node_each_have_no_inner_path():
+    spec = NetworkSpec(topology="two_zone", switch_ports=5, nics_per_node=1, bandwidth_bytes_per_s=1.0)
+    assert analyse(network_shape(spec, 2)).endpoints == 2

@@ -214,3 +214,27 @@ def test_mistakes_are_refused_with_the_nearest_fix():
     for call, message in cases:
         with pytest.raises(PlanError, match=message):
             call()
+
+
+def test_patterns_keep_to_the_nodes_that_compute_where_others_store():
+    """Storage nodes of a two-zone network have a port in either zone; the computing ones before them have one."""
+    net = build(TwoZone(3, 2, 8, 4, 4, 1, 1), SPEED, bundle=True)
+    with pytest.raises(PlanError, match="1 to 2 ports"):
+        ports_of(net)
+    assert ports_of(net, 6).tolist() == [[port] for port in range(6)]
+    for pattern in (
+        all_to_all(net, 1e6, "static", num_nodes=6, forwarded=False),
+        place(net, ring("all_reduce", 6, 6e6), "static", num_nodes=6),
+    ):
+        assert set(pattern.source) == set(pattern.target) == set(range(6))
+    with pytest.raises(PlanError, match="the network has 8 nodes; take 1 to 8"):
+        ports_of(net, 9)
+
+
+def test_messages_leave_a_dead_plane_alone():
+    net = planes(4, 2)
+    dead = np.flatnonzero((net.plane[net.head] == 1) & (net.level[net.head] > 0))
+    for failed, carried in (((), True), ((1,), False)):
+        pattern = place(net, all_to_all_messages(8, 1e6), "adaptive", failed_planes=failed)
+        sent = simulate_flows(net, pattern.routes, pattern.flows).link_bytes
+        assert bool(sent[dead].any()) is carried

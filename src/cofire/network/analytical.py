@@ -133,7 +133,7 @@ def _two_zone(shape: TwoZone) -> tuple[int, float, float, float, float, bool]:
     """Paths are those inside a zone; the bisection, and the all-to-all of everyone, pass the joining switches."""
     half = shape.num_endpoints // 2
     per_leaf = half / shape.num_leaves
-    pairs = half * (half - 1)
+    pairs = max(half * (half - 1), 1)
     near = half * (per_leaf - 1)
     joining = shape.num_joining_switches * shape.cross_links
     load = half * half / (2 * half - 1) / joining if joining else np.inf

@@ -38,29 +38,51 @@ class Pattern:
     routes: Routes
 
 
-def ports_of(network: Network) -> Ints:
+def ports_of(network: Network, num_nodes: int | None = None) -> Ints:
     """Return the ports of each node, ``[num_nodes, ports_per_node]``; device i of a node has port i.
 
+    Args:
+        network: Graph.
+        num_nodes: The first so many nodes, such as those that compute beside storage nodes; none: all.
+
     Raises:
-        PlanError: Nodes have different numbers of ports.
+        PlanError: There are fewer nodes, or they have different numbers of ports.
     """
-    count = np.bincount(network.node)
+    every = np.bincount(network.node)
+    count = every[:num_nodes]
+    if num_nodes is not None and not 1 <= num_nodes <= len(every):
+        raise PlanError(f"num_nodes = {num_nodes}: the network has {len(every)} nodes; take 1 to {len(every)}")
     if count.min() != count.max():
         raise PlanError(f"nodes have {count.min()} to {count.max()} ports; a pattern needs as many on each")
-    return np.argsort(network.node, kind="stable").reshape(len(count), -1)
+    return np.argsort(network.node, kind="stable")[: count.sum()].reshape(len(count), -1)
 
 
-def place(network: Network, messages: Messages, routing: Routing = "adaptive", seed: int = 0) -> Pattern:
+def place(
+    network: Network,
+    messages: Messages,
+    routing: Routing = "adaptive",
+    seed: int = 0,
+    failed_planes: tuple[int, ...] = (),
+    num_nodes: int | None = None,
+) -> Pattern:
     """Return a collective's messages between the devices of a network, ranks counted node by node.
+
+    Args:
+        network: With the same number of ports on each node, one per rank.
+        messages: Of the collective.
+        routing: As in ``route``.
+        seed: As in ``route``.
+        failed_planes: Planes that carry nothing.
+        num_nodes: As in :func:`ports_of`.
 
     Raises:
         PlanError: The network has fewer ports than the collective has ranks.
     """
-    ports = ports_of(network)
+    ports = ports_of(network, num_nodes)
     if messages.num_ranks > ports.size:
         raise PlanError(f"{messages.num_ranks} ranks do not fit on {ports.size} ports; build a larger network")
     near, far = (np.divmod(rank, ports.shape[1]) for rank in (messages.source, messages.target))
-    routes = device_routes(network, near, far, routing, seed)
+    routes = device_routes(network, near, far, routing, seed, failed_planes=failed_planes)
     return Pattern(ports[near], ports[far], messages.flows(), routes)
 
 
@@ -71,6 +93,7 @@ def all_to_all(
     seed: int = 0,
     failed_planes: tuple[int, ...] = (),
     forwarded: bool = True,
+    num_nodes: int | None = None,
 ) -> Pattern:
     """Return ``pair_bytes`` from every device to every other.
 
@@ -82,8 +105,9 @@ def all_to_all(
         failed_planes: Planes that carry nothing; their devices send over the others.
         forwarded: One flow for all that a node sends to a device of another: its devices hand theirs to the one on the
             target's plane. Otherwise each device sends over its own way.
+        num_nodes: As in :func:`ports_of`.
     """
-    ports = ports_of(network)
+    ports = ports_of(network, num_nodes)
     nodes, width = ports.shape
     near, far = np.divmod(np.arange(nodes * nodes), nodes)
     near, far = near[near != far], far[near != far]
@@ -162,12 +186,13 @@ def expert_pattern(
     combine: bool = False,
     routing: Routing = "adaptive",
     seed: int = 0,
+    failed_planes: tuple[int, ...] = (),
 ) -> Pattern:
     """Return the flows of dispatch, or of combine, which takes the same ways back.
 
     Copies inside a node stream beside the network's flows, as kernels do that forward piece by piece.
     """
-    ports = ports_of(network)
+    ports = ports_of(network, len(traffic.crossing))
     near, number, far = np.nonzero(traffic.crossing)
     node, first, second = np.nonzero(traffic.handed)
     ends = (np.concatenate([near, node]), np.concatenate([number, first]))
@@ -177,5 +202,5 @@ def expert_pattern(
     )
     if combine:
         ends, others = others, ends
-    routes = device_routes(network, ends, others, routing, seed)
+    routes = device_routes(network, ends, others, routing, seed, failed_planes=failed_planes)
     return Pattern(ports[ends], ports[others], Flows(copies * token_bytes), routes)

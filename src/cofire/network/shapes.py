@@ -405,6 +405,19 @@ def cluster_shape(cluster: ClusterSpec, num_nodes: int | None = None) -> Shape:
             f"network.num_endpoints = {num_endpoints} is less than the {needed} ports of {cluster.num_nodes} nodes; "
             f"take {needed} or more"
         )
+    return network_shape(network, num_endpoints)
+
+
+def network_shape(network: NetworkSpec, num_endpoints: int) -> Shape:
+    """Return the smallest shape of a network's topology with a port for every endpoint, in whole nodes.
+
+    Args:
+        network: Topology, planes, switches and NICs of a node.
+        num_endpoints: NIC ports; rounded up to whole nodes.
+
+    Raises:
+        PlanError: The switches are too small for it.
+    """
     return _SHAPES[network.topology](network, -(-num_endpoints // network.nics_per_node) * network.nics_per_node)
 
 
@@ -424,12 +437,19 @@ def _tree(network: NetworkSpec, num_endpoints: int) -> FatTree:
 def _two_zone(network: NetworkSpec, num_endpoints: int) -> TwoZone:
     """Zones with room for the nodes, a storage port for every fourth node and the joining links."""
     ports, half = network.nics_per_node, network.switch_ports // 2
+    _check(half >= 1, f"switch_ports = {network.switch_ports}: a tree needs at least 2")
     nodes = -(-num_endpoints // (2 * ports))
     per_zone = nodes * ports
     joining = min(10, half, max(1, per_zone // 60))
     free = half * network.switch_ports - per_zone - 2 * joining
     storage = max(0, min(free, round(0.3 * per_zone)))
     leaves = -(-(per_zone + storage + 2 * joining) // half)
+    most = 2 * ports * ((2 * half * half - 2 * min(10, half)) // ports)
+    _check(
+        leaves <= 2 * half,
+        f"a zone of {per_zone} endpoints needs {leaves} leaves, but a switch of {network.switch_ports} ports joins "
+        f"{2 * half}; {most} endpoints fit in both zones",
+    )
     spines = _fewest(half, leaves, 2 * half)
     return TwoZone(nodes, storage, network.switch_ports, leaves, spines, 2, joining, ports)
 
