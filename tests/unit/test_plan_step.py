@@ -223,3 +223,14 @@ def test_a_group_beyond_the_fast_links_needs_a_network() -> None:
 def test_a_dense_model_has_no_expert_axis() -> None:
     with pytest.raises(PlanError, match="dense; take ep = 1"):
         step_model("qwen2.5-72b").estimate(ParallelSpec(dp=2, ep=2))
+
+
+def test_sharded_weights_cost_time_where_wires_are_slow_and_save_memory() -> None:
+    spec, work = model("deepseekmoe-16b"), WorkloadSpec(sequence_length=2048, global_batch_size=512)
+    for speed, slower in (("1000e9", False), ("50e9", True)):
+        machine = cluster("h800-2048", f"network.bandwidth_bytes_per_s={speed}")
+        plain, sharded = (
+            StepModel(spec, machine, work).estimate(ParallelSpec(dp=64, ep=8, zero_stage=stage)) for stage in (1, 3)
+        )
+        assert sharded.peak_memory_bytes < plain.peak_memory_bytes
+        assert (sharded.pipeline_s > 1.5 * plain.pipeline_s) == slower

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cofire.cli.calibrate import calibrate
 from cofire.cli.options import JsonOption, SetOption, complete_cluster, complete_run, complete_schedule
 from cofire.cli.output import console, print_json
 from cofire.cli.plan_question import check_suffix, read_question
@@ -41,6 +42,7 @@ def register(app: typer.Typer) -> None:
     )
     group.command("model")(plan)
     group.command("pipeline")(pipeline)
+    group.command("calibrate")(calibrate)
     app.add_typer(group, name="plan")
 
 

@@ -2,7 +2,7 @@
 
 from cofire.plan.bounds import Bounds, DecodeBound, TrainingBound, expected_distinct_experts
 from cofire.plan.device_memory import RankMemory
-from cofire.plan.estimate import default_workload, estimate, run_workload
+from cofire.plan.estimate import estimate
 from cofire.plan.expert_placement import Placement, evaluate_placement, place_experts, update_placement
 from cofire.plan.flops import (
     DecodeFlops,
@@ -36,6 +36,7 @@ from cofire.plan.timeline import (
 )
 from cofire.plan.training import TrainingPlan, plan_training
 from cofire.plan.uncertainty import Interval, Sensitivity, interval
+from cofire.plan.workloads import default_workload, run_workload
 
 __all__ = [
     "SCHEDULES",

@@ -8,10 +8,12 @@ from cofire.errors import PlanError
 from cofire.plan.bounds import cluster_bounds
 from cofire.plan.flops import decode_flops_per_token, training_flops_per_token
 from cofire.plan.kv_cache import kv_cache_size
+from cofire.plan.machine import predict_training_step
 from cofire.plan.memory import inference_memory, training_memory
 from cofire.plan.parameters import count_parameters
 from cofire.plan.report import Plan, RunCost
 from cofire.plan.training import TrainingPlan, plan_training
+from cofire.plan.workloads import default_workload, run_workload
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
@@ -56,8 +58,10 @@ def estimate(
     bounds = None
     if cluster is not None:
         bounds = cluster_bounds(decoder, workload, cluster, count, (flops, memory), (decode, serving))
-    training, refused = None, ""
-    if cluster is not None:
+    training, refused, machine = None, "", None
+    if cluster is not None and run is not None and cluster.device.matrix_rates and parallel is None:
+        machine = predict_training_step(run, cluster)
+    elif cluster is not None:
         training, refused = _plan_training(decoder, cluster, workload, run, parallel)
     return Plan(
         model=decoder,
@@ -75,6 +79,7 @@ def estimate(
         bounds=bounds,
         training=training,
         training_refused=refused,
+        machine=machine,
     )
 
 
@@ -97,30 +102,6 @@ def _plan_training(
         if parallel is not None:
             raise
         return None, str(error)
-
-
-def default_workload(model: ModelSpec) -> WorkloadSpec:
-    """The workload of the papers' tables, 4096 tokens, or the model's longest sequence if that is shorter."""
-    length = min(4096, model.max_sequence_length)
-    return WorkloadSpec(sequence_length=length, context_length=length)
-
-
-def run_workload(run: RunSpec) -> WorkloadSpec:
-    """The workload of a training run.
-
-    ``auto`` precision is planned as FP32: which format is faster is measured only when the run starts.
-    """
-    return WorkloadSpec(
-        sequence_length=run.data.sequence_length,
-        micro_batch_size=run.micro_batch_size,
-        recipe="bf16" if run.precision.recipe == "bf16" else "fp32",
-        moments=run.precision.moments,
-        recompute=run.recompute,
-        ema=run.ema_decay is not None,
-        context_length=min(1024, run.model.max_sequence_length),
-        weight_format="fp32",
-        cache_bytes_per_number=4,
-    )
 
 
 def _run_cost(run: RunSpec, flops_per_token: int) -> RunCost:

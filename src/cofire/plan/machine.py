@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 from cofire.errors import PlanError, SpecError
-from cofire.plan.estimate import run_workload
 from cofire.plan.memory import training_memory
 from cofire.plan.step_machine import PASSES, MatrixProduct, Operation, Recipe, training_operations
+from cofire.plan.workloads import run_workload
 from cofire.spec.figure import Figure, Label, weakest
 from cofire.spec.hardware import ClusterSpec, DeviceSpec, KernelRate, MatrixRate
 from cofire.spec.io import load_as, save, this_machine_file

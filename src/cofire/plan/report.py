@@ -13,6 +13,7 @@ from cofire.plan.bounds import Bounds
 from cofire.plan.flops import DecodeFlops, TrainingFlops
 from cofire.plan.inference import mtp_speed_up
 from cofire.plan.kv_cache import KVCacheSize
+from cofire.plan.machine import MachinePrediction
 from cofire.plan.memory import InferenceMemory, MemoryEstimate
 from cofire.plan.parameters import ParameterCount
 from cofire.plan.training import TrainingPlan
@@ -45,7 +46,8 @@ class Plan(Spec):
     """What a model costs: parameters, cache, operations, memory, and bounds on a cluster if one was given.
 
     ``training_memory_other`` is the same training with the opposite choice of recomputation. ``training`` is how the
-    whole cluster trains the model; where no layout can be taken, ``training_refused`` says why.
+    whole cluster trains the model; where no layout can be taken, ``training_refused`` says why. ``machine`` is a
+    run's step on a machine that was calibrated.
     """
 
     kind: Literal["plan"] = "plan"
@@ -64,6 +66,7 @@ class Plan(Spec):
     bounds: Bounds | None = None
     training: TrainingPlan | None = None
     training_refused: str = ""
+    machine: MachinePrediction | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values; ``Plan.from_dict`` gives an equal plan."""
@@ -108,6 +111,8 @@ def note(plan: Plan, explain: bool = False) -> RenderableType:
         parts.append(_bounds_table(plan))
     if plan.training is not None and plan.cluster is not None:
         parts += training_note(plan.training, plan.cluster, explain)
+    if plan.machine is not None:
+        parts.append(_machine_table(plan.machine))
     parts.append(Text("\n".join(_remarks(plan)), style="dim"))
     return Group(*(item for part in parts for item in (part, Text(""))))
 
@@ -233,6 +238,20 @@ def _bounds_table(plan: Plan) -> Table:
     if plan.parameters.mtp.depth == 1:
         gain = mtp_speed_up(0.85, plan.model.num_layers)
         table.add_row("  with MTP drafts", f"x {gain:.2f}", "", "assumed: 85% accepted, rest as without")
+    return table
+
+
+def _machine_table(machine: MachinePrediction) -> Table:
+    step, peak = machine.step_s, machine.peak_memory_bytes
+    table = _table(f"A step on this machine, in {machine.recipe}", "", "time", "share", "")
+    for part in sorted(machine.parts, key=lambda one: -one.total_s):
+        share = part.total_s / step.value
+        table.add_row(part.part, format_duration(part.total_s), f"{share:.1%}", _bar(share))
+    table.add_section()
+    ends = f"{format_duration(step.low)} to {format_duration(step.high)}, modelled from {step.label} rates"
+    table.add_row("one optimiser step", format_duration(step.value), "", ends)
+    ends = f"{format_quantity(peak.low, 'B')} to {format_quantity(peak.high, 'B')}, of the process"
+    table.add_row("peak memory", format_quantity(peak.value, "B"), "", ends)
     return table
 
 

@@ -23,7 +23,7 @@ from cofire.network.collective_time import collective_time_s
 from cofire.plan.activations import block_activation_bytes
 from cofire.plan.device_memory import BlockParameters, RankMemory, rank_memory
 from cofire.plan.flops import training_flops_per_token
-from cofire.plan.kernels import BlockKind, block_kernels
+from cofire.plan.kernels import BlockKind, Kernel, block_kernels
 from cofire.plan.parameters import count_parameters
 from cofire.plan.pipeline import make_schedule
 from cofire.plan.pipeline_cost import PipelineCost, schedule_cost
@@ -189,7 +189,7 @@ class StepModel:
         stages = self.stages(layout, blocks)
         costs = [self.stage_cost(stage, blocks) for stage in stages]
         transfer_s = self._transfer_s(layout)
-        times = self._chunk_times(layout, costs, transfer_s)
+        times = self._chunk_times(layout, costs, transfer_s, [self._gather_s(layout, stage) for stage in stages])
         return PreparedStep(layout, micro_batches, stages, costs, times, transfer_s)
 
     def peaks(self, ready: PreparedStep) -> tuple[int, ...]:
@@ -227,7 +227,8 @@ class StepModel:
         busiest = min(range(layout.pp), key=lambda rank: pipeline.bubble_s[rank])
         after, optimizer_s = self._after(layout, ready.stages, costs, hosts)
         parts = self._parts(ready, hosts[busiest], pipeline, busiest)
-        parts |= {"data-parallel network": after, "optimizer": optimizer_s}
+        parts["data-parallel network"] += after
+        parts["optimizer"] = optimizer_s
         return self._result(ready, pipeline, parts)
 
     # -- times ------------------------------------------------------------------------------------------
@@ -258,14 +259,18 @@ class StepModel:
             self._blocks[key] = self._new_block_cost(kind, layout)
         return self._blocks[key]
 
+    def kernels(self, kind: BlockKind, layout: ParallelSpec) -> list[Kernel]:
+        """Return the kernels of a block and micro-batch on the device with the most rows of routed experts."""
+        kernels = block_kernels(self.model, kind, layout, self.workload.sequence_length)
+        if kind != "moe" or layout.ep == 1:
+            return kernels
+        skew = self.workload.expert_load_skew.value
+        return [kernel.stretched(skew) if kernel.experts else kernel for kernel in kernels]
+
     def _new_block_cost(self, kind: BlockKind, layout: ParallelSpec) -> BlockCost:
         length, recompute = self.workload.sequence_length, layout.recompute
-        kernels = block_kernels(self.model, kind, layout, length)
-        if kind == "moe" and layout.ep > 1:
-            skew = self.workload.expert_load_skew.value
-            kernels = [kernel.stretched(skew) if kernel.experts else kernel for kernel in kernels]
         outside = kind in ("embedding", "head", "mtp_entry")
-        time = self.rates.block_time(kernels, "none" if outside else recompute)
+        time = self.rates.block_time(self.kernels(kind, layout), "none" if outside else recompute)
         passes = 0 if layout.tp == 1 or outside or (kind == "moe" and layout.ep > 1) else _TENSOR_PASSES
         again = 2 if recompute == "full" else 1
         tensor = 0.0
@@ -324,7 +329,22 @@ class StepModel:
         size = transfer_bytes(self.model, layout, self.workload.sequence_length)
         return self.links.transfer_s(size, layout.num_devices)
 
-    def _chunk_times(self, layout: ParallelSpec, costs: list[StageCost], transfer_s: float) -> ChunkTimes:
+    def _gather_s(self, layout: ParallelSpec, stage: Stage) -> tuple[float, float]:
+        """Seconds that ZeRO 3 needs to gather a stage's weights, and to reduce their gradients, per micro-batch."""
+        if layout.zero_stage < 3:
+            return 0.0, 0.0
+        wide, dense, experts = BlockParameters(self.model, self.count, layout).of(stage)
+        width, group = (4 if layout.precision == "fp32" else 2), _expert_group(layout)
+        gather = self._reduce_s(layout, width * (wide + dense), width * experts, group)
+        return gather, self._reduce_s(layout, 4 * (wide + dense), 4 * experts, group)
+
+    def _chunk_times(
+        self,
+        layout: ParallelSpec,
+        costs: list[StageCost],
+        transfer_s: float,
+        sharded_s: list[tuple[float, float]],
+    ) -> ChunkTimes:
         exposed = 0.0 if layout.overlap_transfers else transfer_s
         share = self.cluster.device.communication_share.value
         forward = [cost.forward_s + cost.expert_s[0] + exposed for cost in costs]
@@ -339,6 +359,10 @@ class StepModel:
                 stretched = compute + share * min(moved, compute / (1 - share))
                 paired.append(max(stretched, moved) + 2 * exposed)
         weight = [cost.weight_s for cost in costs]
+        for i, (gather, reduce) in enumerate(sharded_s):  # fetched ahead: what is longer, of work and of wires, counts
+            forward[i], backward[i] = max(forward[i], gather), max(backward[i], gather + reduce)
+            if paired is not None:
+                paired[i] = max(paired[i], 2 * gather + reduce)
         if len(costs) == 1:
             alone = None if paired is None else paired[0]
             return ChunkTimes(forward[0], backward[0], weight[0], alone, transfer_s - exposed)
@@ -349,8 +373,7 @@ class StepModel:
     ) -> tuple[float, float]:
         """Exposed reduction of gradients, and the optimiser; of the slowest rank."""
         parameters = BlockParameters(self.model, self.count, layout)
-        group = layout.dp * layout.tp
-        expert_group = layout.dp if layout.ep == 1 else max(1, group // layout.ep)
+        expert_group = _expert_group(layout)
         width = {"fp32": 4, "bf16": 2, "fp8": 2}[layout.precision]
         state = (4 if layout.precision != "fp32" else 0) + 2 * (4 if self.workload.moments == "fp32" else 2)
         network = optimizer = 0.0
@@ -369,7 +392,7 @@ class StepModel:
             down = self._reduce_s(layout, 4 * dense, 4 * experts, expert_group)
             up = self._reduce_s(layout, width * dense, width * experts, expert_group)
             if layout.zero_stage == 3:
-                up *= 2
+                down = up = 0.0  # paid for with every micro-batch
             network = max(network, max(0.0, down - backward) + max(0.0, up - forward))
         return network, optimizer
 
@@ -450,13 +473,15 @@ class StepModel:
             "pipeline transfers": 0.0 if layout.overlap_transfers else passes * 2 * ready.transfer_s * len(mine),
         }
         exposed = pipeline.makespan_s - pipeline.bubble_s[rank] - sum(parts.values())
-        parts["expert network"] = max(0.0, exposed) if any(sum(cost.expert_s) for cost in mine) else 0.0
+        sent = passes * sum(sum(cost.expert_s) for cost in mine)
+        parts["expert network"] = max(0.0, min(exposed, sent) if layout.zero_stage == 3 else exposed) if sent else 0.0
+        parts["data-parallel network"] = max(0.0, exposed - parts["expert network"]) if layout.zero_stage == 3 else 0.0
         parts["pipeline bubble"] = pipeline.makespan_s - sum(parts.values())
         return parts
 
     def _result(self, ready: PreparedStep, pipeline: PipelineCost, parts: dict[PartName, float]) -> StepEstimate:
         layout = ready.layout
-        step_s = pipeline.makespan_s + parts["data-parallel network"] + parts["optimizer"]
+        step_s = sum(parts.values())
         tokens = ready.micro_batches * layout.micro_batch_size * layout.dp * self.workload.sequence_length
         devices, rate = layout.num_devices, tokens / step_s
         hours = 1e12 / rate / 3600 * devices
@@ -483,6 +508,11 @@ class StepModel:
             fits=fullest.total <= self.cluster.device.memory_bytes,
             bubble_fraction=pipeline.bubble_fraction,
         )
+
+
+def _expert_group(layout: ParallelSpec) -> int:
+    """Devices of a stage that hold the same experts."""
+    return layout.dp if layout.ep == 1 else max(1, layout.dp * layout.tp // layout.ep)
 
 
 def num_stages(layout: ParallelSpec) -> int:
