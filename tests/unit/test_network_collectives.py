@@ -15,6 +15,8 @@ from cofire.network.collectives import (
     double_tree_all_reduce,
     forwarded_all_to_all,
     hierarchical_all_reduce,
+    port_rings,
+    port_trees,
     ring,
 )
 from cofire.network.double_tree import zoned_double_tree
@@ -81,6 +83,8 @@ ALL_REDUCES = [
     *(double_tree_all_reduce(n, 1.0, pieces=p) for n, p in ((1, 2), (2, 3), (3, 1), (7, 2), (8, 4), (20, 3))),
     double_tree_all_reduce(12, 1.0, 3, zoned_double_tree(5, 7)),
     *(hierarchical_all_reduce(n, p, 1.0) for n, p in ((1, 1), (1, 4), (4, 1), (2, 2), (3, 4))),
+    *(port_rings("all_reduce", n, p, 1.0) for n, p in ((1, 3), (4, 1), (2, 2), (3, 4))),
+    *(port_trees(n, p, 1.0, 2) for n, p in ((1, 3), (4, 1), (2, 2), (3, 4))),
 ]
 
 
@@ -149,6 +153,23 @@ def test_the_time_of_the_hierarchical_all_reduce_is_the_formula(size_bytes: floa
         time = collective_time_s("all_reduce", size_bytes, Group(nodes, ranks, FAST, SLOW), "hierarchical")
         simulated = makespan(hierarchical_all_reduce(nodes, ranks, size_bytes), ranks, FAST, SLOW)
         assert simulated == pytest.approx(time, rel=1e-9)
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(4, 8), (6, 2), (2, 4)])
+def test_rings_on_all_ports_change_nodes_between_devices_of_one_number_and_load_each_port_once(nodes: int, ranks: int):
+    messages = port_rings("all_gather", nodes, ranks, 1.0)
+    (near, out), (far, into) = (divmod(rank, ranks) for rank in (messages.source, messages.target))
+    crosses = near != far
+    assert (out == into)[crosses].all()
+    rings = np.bincount(messages.source[crosses], minlength=nodes * ranks)
+    assert set(rings) == {nodes * ranks - 1}
+
+
+def test_rings_on_all_ports_take_the_time_of_the_formula_but_for_latencies_that_they_hide():
+    slow, group = Wire(4e-6, 10e9), Group(4, 8, Wire(4e-6, 160e9), Wire(4e-6, 10e9))
+    time = collective_time_s("all_reduce", 1e9, group, "ring")
+    simulated = makespan(port_rings("all_reduce", 4, 8, 1e9), 8, Wire(4e-6, 160e9), slow)
+    assert simulated == pytest.approx(time, rel=0.02)
 
 
 @pytest.mark.parametrize("pieces", [8, 32])

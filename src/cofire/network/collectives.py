@@ -235,6 +235,69 @@ def hierarchical_all_reduce(num_nodes: int, devices_per_node: int, size_bytes: f
     return draft.finish(rank.size, rank.size, size_bytes)
 
 
+def port_rings(kind: str, num_nodes: int, devices_per_node: int, size_bytes: float) -> Messages:
+    """Return a collective around as many rings as a node has devices, each with its part of the data.
+
+    Ranks are numbered node by node. Ring k enters every second node at device k and leaves it at device k - 1, where it
+    enters the next node and goes through it backwards: it changes nodes between devices of one number, and each port
+    of a node sends and receives one ring. An odd number of nodes closes the ring between two numbers.
+
+    Args:
+        kind: As in :func:`ring`; a rank ends a reduce_scatter with one chunk of each ring.
+        num_nodes: Nodes.
+        devices_per_node: Devices of a node, and rings.
+        size_bytes: Of the whole data, as in :func:`ring`.
+
+    Raises:
+        PlanError: The kind does not go around a ring, or there is no node or no device.
+    """
+    _check_ranks(num_nodes)
+    _check_ranks(devices_per_node)
+    one = ring(kind, num_nodes * devices_per_node, size_bytes / devices_per_node)
+    node, place = np.divmod(np.arange(one.num_ranks), devices_per_node)
+    number = np.arange(devices_per_node)[:, None]
+    device = np.where(node % 2 == 0, number + place, number - 1 - place) % devices_per_node
+    return _side_by_side(one, node * devices_per_node + device)
+
+
+def port_trees(num_nodes: int, devices_per_node: int, size_bytes: float, pieces: int = 8) -> Messages:
+    """Return an all-reduce over as many double trees as a node has devices, each with its part of the data.
+
+    Ranks are numbered node by node; in tree k the devices of each node are turned by k, so that every tree has its own
+    ports at the top.
+
+    Raises:
+        PlanError: There is no node, no device or no piece.
+    """
+    _check_ranks(num_nodes)
+    _check_ranks(devices_per_node)
+    one = double_tree_all_reduce(num_nodes * devices_per_node, size_bytes / devices_per_node, pieces)
+    node, device = np.divmod(np.arange(one.num_ranks), devices_per_node)
+    turned = (device + np.arange(devices_per_node)[:, None]) % devices_per_node
+    return _side_by_side(one, node * devices_per_node + turned)
+
+
+def _side_by_side(one: Messages, rank: Ints) -> Messages:
+    """Return copies of a collective, the ranks of copy k being ``rank[k]``, each over chunks of its own."""
+    copies = len(rank)
+    nth = np.arange(copies)[:, None]
+    later = nth * one.num_messages
+    return Messages(
+        num_ranks=one.num_ranks,
+        num_chunks=copies * one.num_chunks,
+        chunk_bytes=one.chunk_bytes,
+        source=rank[:, one.source].ravel(),
+        target=rank[:, one.target].ravel(),
+        chunk=(one.chunk + nth * one.num_chunks).ravel(),
+        count=np.tile(one.count, copies),
+        stride=np.tile(one.stride, copies),
+        adds=np.tile(one.adds, copies),
+        before=(one.before + later).ravel(),
+        after=(one.after + later).ravel(),
+        queued=np.tile(one.queued, copies),
+    )
+
+
 def all_to_all(num_ranks: int, pair_bytes: float) -> Messages:
     """Return every rank's block to every other, all at once.
 
