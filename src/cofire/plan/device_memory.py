@@ -71,12 +71,16 @@ class BlockParameters:
         self.experts: dict[BlockKind, float] = dict.fromkeys(self.dense, 0.0)
         if moe:
             self.experts["moe"] = moe.num_routed_experts * count.expert / cut / layout.ep
+        self._of: dict[Stage, tuple[float, float, float]] = {}
 
     def of(self, stage: Stage) -> tuple[float, float, float]:
         """Return a stage's parameters: in 16 bits at least (embedding and head), other dense ones, experts'."""
-        wide = stage.count("embedding") * self.dense["embedding"] + (self.head if stage.count("head") else 0.0)
-        dense = stage.total(self.dense) - stage.count("embedding") * self.dense["embedding"]
-        return wide, dense, stage.total(self.experts)
+        found = self._of.get(stage)
+        if found is None:
+            wide = stage.count("embedding") * self.dense["embedding"] + (self.head if stage.count("head") else 0.0)
+            dense = stage.total(self.dense) - stage.count("embedding") * self.dense["embedding"]
+            found = self._of[stage] = (wide, dense, stage.total(self.experts))
+        return found
 
 
 def rank_memory(

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from cofire.errors import PlanError, SpecError
+from cofire.plan.device_memory import RankMemory
 from cofire.plan.pipeline_cost import schedule_costs
 from cofire.plan.step import PartName, PreparedStep, StepEstimate, StepModel
 from cofire.spec.hardware import ClusterSpec
@@ -246,12 +247,13 @@ def _estimate_all(steps: StepModel, layouts: list[ParallelSpec], limit: int) -> 
     """Estimate layouts: memory first, then each schedule once for all of its layouts that fit."""
     reasons: Counter[str] = Counter()
     smallest: tuple[float, ParallelSpec | None] = (float("inf"), None)
-    groups: dict[tuple[object, ...], list[PreparedStep]] = {}
+    groups: dict[tuple[object, ...], list[tuple[int, PreparedStep, tuple[RankMemory, ...]]]] = {}
     room = steps.cluster.device.memory_bytes
-    for layout in layouts:
+    for place, layout in enumerate(layouts):
         try:
             ready = steps.prepare(layout)
-            need = max(row.total for row in steps.memory(ready))
+            memory = steps.memory(ready)
+            need = max(row.total for row in memory)
         except PlanError as error:
             reasons[_kind(str(error))] += 1
             continue
@@ -260,15 +262,19 @@ def _estimate_all(steps: StepModel, layouts: list[ParallelSpec], limit: int) -> 
         if need > room:
             reasons["does not fit in memory"] += 1
             continue
-        groups.setdefault((*ready.pipeline, ready.stages_per_rank), []).append(ready)
-    best: list[StepEstimate] = []
+        groups.setdefault((*ready.pipeline, ready.stages_per_rank), []).append((place, ready, memory))
+    # Of layouts that are as fast, the one that was enumerated first comes first: the simpler one.
+    best: list[tuple[float, int, StepEstimate]] = []
     fitting = 0
     for group in groups.values():
-        costs = schedule_costs(*group[0].pipeline, [ready.times for ready in group], group[0].stages_per_rank)
-        found = [steps.finish(ready, cost) for ready, cost in zip(group, costs, strict=True)]
-        fitting += len(found)
-        best = sorted([*best, *found], key=lambda one: -one.tokens_per_s)[:limit]
-    return best, reasons, smallest, fitting
+        first = group[0][1]
+        costs = schedule_costs(*first.pipeline, [ready.times for _, ready, _ in group], first.stages_per_rank)
+        for (place, ready, memory), cost in zip(group, costs, strict=True):
+            step = steps.finish(ready, cost, memory)
+            best.append((-step.tokens_per_s, place, step))
+        fitting += len(group)
+        best = sorted(best, key=lambda row: row[:2])[:limit]
+    return [step for _, _, step in best], reasons, smallest, fitting
 
 
 def _kind(message: str) -> str:

@@ -14,7 +14,7 @@ Everything here is *modelled*; ``cofire.plan.uncertainty`` says how sure its inp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,6 +168,7 @@ class StepModel:
         self._hosts: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
         self._cuts: dict[tuple[object, ...], list[Stage]] = {}
         self._peaks: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._parameters: dict[tuple[int, int], BlockParameters] = {}
 
     def estimate(self, layout: ParallelSpec) -> StepEstimate:
         """Return the step of a layout.
@@ -187,9 +188,12 @@ class StepModel:
         micro_batches = check_layout(self.model, self.cluster, self.workload, layout)
         blocks = self.block_costs(layout)
         stages = self.stages(layout, blocks)
-        costs = [self.stage_cost(stage, blocks) for stage in stages]
+        # Most stages are alike.
+        cost_of = {stage: self.stage_cost(stage, blocks) for stage in dict.fromkeys(stages)}
+        gather_of = {stage: self._gather_s(layout, stage) for stage in cost_of}
+        costs = [cost_of[stage] for stage in stages]
         transfer_s = self._transfer_s(layout)
-        times = self._chunk_times(layout, costs, transfer_s, [self._gather_s(layout, stage) for stage in stages])
+        times = self._chunk_times(layout, costs, transfer_s, [gather_of[stage] for stage in stages])
         return PreparedStep(layout, micro_batches, stages, costs, times, transfer_s)
 
     def peaks(self, ready: PreparedStep) -> tuple[int, ...]:
@@ -207,21 +211,25 @@ class StepModel:
         kept: dict[BlockKind, float] = {}
         for kind in kinds:
             kept[kind] = self._kept_bytes(kind, layout, layout.recompute)
+        hosted = [tuple(stages[number] for number in held) for held in hosts]
+        buffers = {held: self._buffers(layout, held) for held in dict.fromkeys(hosted)}
         return tuple(
             rank_memory(
-                BlockParameters(self.model, self.count, layout),
+                self._block_parameters(layout),
                 layout,
                 self.workload,
-                [[stages[number] for number in held] for held in hosts],
+                hosted,
                 kept,
                 self.peaks(ready),
-                [self._buffers(layout, [stages[number] for number in held]) for held in hosts],
+                [buffers[held] for held in hosted],
                 self.cluster.device.reserved_bytes,
             )
         )
 
-    def finish(self, ready: PreparedStep, pipeline: PipelineCost) -> StepEstimate:
-        """Return a prepared step with its schedule simulated."""
+    def finish(
+        self, ready: PreparedStep, pipeline: PipelineCost, memory: tuple[RankMemory, ...] | None = None
+    ) -> StepEstimate:
+        """Return a prepared step with its schedule simulated; ``memory`` is that of :meth:`memory`, if known."""
         layout, costs = ready.layout, ready.costs
         hosts = self.hosts(layout)
         busiest = min(range(layout.pp), key=lambda rank: pipeline.bubble_s[rank])
@@ -229,7 +237,7 @@ class StepModel:
         parts = self._parts(ready, hosts[busiest], pipeline, busiest)
         parts["data-parallel network"] += after
         parts["optimizer"] = optimizer_s
-        return self._result(ready, pipeline, parts)
+        return self._result(ready, pipeline, parts, self.memory(ready) if memory is None else memory)
 
     # -- times ------------------------------------------------------------------------------------------
 
@@ -333,7 +341,7 @@ class StepModel:
         """Seconds that ZeRO 3 needs to gather a stage's weights, and to reduce their gradients, per micro-batch."""
         if layout.zero_stage < 3:
             return 0.0, 0.0
-        wide, dense, experts = BlockParameters(self.model, self.count, layout).of(stage)
+        wide, dense, experts = self._block_parameters(layout).of(stage)
         width, group = (4 if layout.precision == "fp32" else 2), _expert_group(layout)
         gather = self._reduce_s(layout, width * (wide + dense), width * experts, group)
         return gather, self._reduce_s(layout, 4 * (wide + dense), 4 * experts, group)
@@ -372,13 +380,14 @@ class StepModel:
         self, layout: ParallelSpec, stages: list[Stage], costs: list[StageCost], hosts: tuple[tuple[int, ...], ...]
     ) -> tuple[float, float]:
         """Exposed reduction of gradients, and the optimiser; of the slowest rank."""
-        parameters = BlockParameters(self.model, self.count, layout)
+        parameters = self._block_parameters(layout)
         expert_group = _expert_group(layout)
         width = {"fp32": 4, "bf16": 2, "fp8": 2}[layout.precision]
         state = (4 if layout.precision != "fp32" else 0) + 2 * (4 if self.workload.moments == "fp32" else 2)
         network = optimizer = 0.0
-        for held in hosts:
-            stage_numbers = set(held)
+        # One of the ranks that hold the same; a stage that is there twice counts once.
+        distinct = {tuple(stages[number] for number in sorted(set(held))): sorted(set(held)) for held in hosts}
+        for stage_numbers in distinct.values():
             dense = experts = forward = backward = 0.0
             for number in stage_numbers:
                 wide, rest, routed_ones = parameters.of(stages[number])
@@ -395,6 +404,12 @@ class StepModel:
                 down = up = 0.0  # paid for with every micro-batch
             network = max(network, max(0.0, down - backward) + max(0.0, up - forward))
         return network, optimizer
+
+    def _block_parameters(self, layout: ParallelSpec) -> BlockParameters:
+        key = (layout.tp, layout.ep)
+        if key not in self._parameters:
+            self._parameters[key] = BlockParameters(self.model, self.count, layout)
+        return self._parameters[key]
 
     def _reduce_s(self, layout: ParallelSpec, dense_bytes: float, expert_bytes: float, expert_group: int) -> float:
         stride = layout.tp if layout.ep == 1 else layout.ep
@@ -438,7 +453,7 @@ class StepModel:
             )
         return self._kept[key]
 
-    def _buffers(self, layout: ParallelSpec, stages: list[Stage]) -> float:
+    def _buffers(self, layout: ParallelSpec, stages: Sequence[Stage]) -> float:
         """Logits with their gradient where the head is, else the layer that is expanded, and rows on their way."""
         tokens, hidden = layout.micro_batch_size * self.workload.sequence_length, self.model.hidden_size
         width = 4 if layout.precision == "fp32" else 2
@@ -479,14 +494,19 @@ class StepModel:
         parts["pipeline bubble"] = pipeline.makespan_s - sum(parts.values())
         return parts
 
-    def _result(self, ready: PreparedStep, pipeline: PipelineCost, parts: dict[PartName, float]) -> StepEstimate:
+    def _result(
+        self,
+        ready: PreparedStep,
+        pipeline: PipelineCost,
+        parts: dict[PartName, float],
+        memory: tuple[RankMemory, ...],
+    ) -> StepEstimate:
         layout = ready.layout
         step_s = sum(parts.values())
         tokens = ready.micro_batches * layout.micro_batch_size * layout.dp * self.workload.sequence_length
         devices, rate = layout.num_devices, tokens / step_s
         hours = 1e12 / rate / 3600 * devices
         price = self.cluster.device_hour_usd
-        memory = self.memory(ready)
         fullest = max(memory, key=lambda row: row.total)
         peak = peak_flops_per_s(self.cluster.device, "fp32" if layout.precision == "fp32" else "bf16")
         return StepEstimate(
