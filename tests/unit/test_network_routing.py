@@ -323,3 +323,9 @@ def test_a_wrong_question_is_one_line(call, message):
     with pytest.raises(PlanError, match=message) as caught:
         call(build(PLANES, FAST))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["ecmp", "static", "adaptive"])
+def test_no_flows_have_no_routes(method: str):
+    routes = route(build(FatTree(16, 8)), [], [], method)
+    assert (routes.num_flows, len(routes.link)) == (0, 0)

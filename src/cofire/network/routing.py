@@ -365,7 +365,7 @@ def _table(fabric: _Fabric, targets: Ints, counted: bool) -> _Table:
 def _paths(fabric: _Fabric, distance: Ints, onward: NDArray[np.bool_]) -> Floats:
     paths = (distance == 0).astype(np.float64)
     sending = np.flatnonzero(np.diff(fabric.start))
-    for cost in range(1, int(distance.max()) + 1):
+    for cost in range(1, int(distance.max(initial=0)) + 1):
         weight = np.where(onward, paths[:, fabric.head], 0.0)
         total = np.zeros_like(paths)
         total[:, sending] = np.add.reduceat(weight, fabric.start[sending], axis=1)
