@@ -6,6 +6,8 @@ the same numbers is beside it. Left out: negative parts; the records refuse them
 
 from __future__ import annotations
 
+import math
+
 from cofire.plan.page.figures import MEMORY_ROLES, MemoryStack, Sensitivity, SensitivityRow, StepBreakdown, StepPart
 from cofire.plan.page.scale import Scale, fit, interval, shown, shown_value
 from cofire.plan.page.svg import (
@@ -29,11 +31,12 @@ _TOP = 24.0
 
 
 def draw_memory(stack: MemoryStack) -> str:
-    """Draw memory by role as stacked bars, with a line at the capacity."""
+    """Draw memory by role as stacked bars, with a line at the capacity, where there is one."""
     bars = stack.bars[:MAX_BARS]
     roles = memory_roles(stack)
     left = min(max(text_width(bar.name) for bar in bars) + 14, 300.0)
-    high = max(stack.capacity_bytes, *(bar.total_bytes for bar in bars)) * 1.04
+    capacity = math.inf if stack.capacity_bytes is None else stack.capacity_bytes
+    high = max([bar.total_bytes for bar in bars] + ([capacity] if math.isfinite(capacity) else [])) * 1.04
     scale = Scale(0.0, high, left, WIDTH - 118)
     bottom = _TOP + _ROW * len(bars)
     parts = [_grid(scale, _TOP - 4, bottom, "B")]
@@ -46,15 +49,16 @@ def draw_memory(stack: MemoryStack) -> str:
                 tip = f"{bar.name}: {role}\n{shown(size_bytes, 'B')}, {_share(size_bytes, bar.total_bytes)}"
                 parts.append(rect(x, y + 3, width, _ROW - 7, f"bar {colour(roles.index(role))}", tip))
             reached += size_bytes
-        over = bar.total_bytes > stack.capacity_bytes
+        over = bar.total_bytes > capacity
         total = shown(bar.total_bytes, "B") + (" does not fit" if over else "")
-        x = max(scale.at(bar.total_bytes), scale.at(stack.capacity_bytes) if not over else 0.0) + 8
+        x = scale.at(bar.total_bytes if over or math.isinf(capacity) else capacity) + 8
         parts.append(words(x, y + 16, total, "value bad" if over else "value"))
-    at = scale.at(stack.capacity_bytes)
-    parts.append(line(at, _TOP - 6, at, bottom, "level"))
-    name = f"{stack.capacity_name} {shown(stack.capacity_bytes, 'B')}"
-    parts.append(words(at, 12, name, "leveltext", "end" if at > WIDTH - 240 else "middle"))
-    about = f"{len(bars)} bars of memory by role; the line is {name}"
+    about = f"{len(bars)} bars of memory by role"
+    if math.isfinite(capacity):
+        at, name = scale.at(capacity), f"{stack.capacity_name} {shown(capacity, 'B')}"
+        parts.append(line(at, _TOP - 6, at, bottom, "level"))
+        parts.append(words(at, 12, name, "leveltext", "end" if at > WIDTH - 240 else "middle"))
+        about += f"; the line is {name}"
     seen = {role for bar in bars for role, size_bytes in bar.parts if size_bytes > 0}
     entries = [(colour(index), role) for index, role in enumerate(roles) if role in seen]
     return legend(entries) + drawing(stack.title, about, bottom + 24, "".join(parts))

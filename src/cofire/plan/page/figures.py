@@ -81,11 +81,11 @@ class MemoryBar:
 
 @dataclass(frozen=True)
 class MemoryStack:
-    """Memory of a device by role, one bar a pipeline rank or a layout, and the device's capacity."""
+    """Memory of a device by role, one bar a pipeline rank or a layout, and the device's capacity, if there is one."""
 
     title: str
     bars: tuple[MemoryBar, ...]
-    capacity_bytes: float
+    capacity_bytes: float | None
     capacity_name: str = "capacity"
     caption: str = ""
     label: Label | None = None
@@ -93,7 +93,8 @@ class MemoryStack:
 
     def __post_init__(self) -> None:
         _some("bars", self.title, self.bars)
-        _positive("capacity_bytes", self.capacity_bytes)
+        if self.capacity_bytes is not None:
+            _positive("capacity_bytes", self.capacity_bytes)
 
 
 @dataclass(frozen=True)
@@ -392,7 +393,7 @@ class Formula:
     name: str
     formula: str
     substituted: str
-    value: Value
+    value: Cell
 
 
 @dataclass(frozen=True)

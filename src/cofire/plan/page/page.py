@@ -156,7 +156,9 @@ def _key(page: PlanPage) -> str:
         ("simulated", "by running a model of it in time"),
     )
     marks = "".join(tag("span", f'<span class="badge {name}">{name}</span> {means}') for name, means in said)
-    return tag("p", f"{marks}<span>A number without a mark is exact.</span>", class_="key")
+    return tag(
+        "p", f"{marks}<span>A number without a mark is exact, or marked by its title or note.</span>", class_="key"
+    )
 
 
 def _section(section: Section, keys: Iterator[str], data: dict[str, object]) -> str:

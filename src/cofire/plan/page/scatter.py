@@ -43,7 +43,9 @@ def roofline_bounds(roofline: Roofline) -> tuple[float, float, float, float]:
     ridges = [peak / roof.rate.value for roof in roofline.roofs if roof.kind != "compute"]
     points = [point.intensity_flop_per_byte for point in roofline.points]
     rates = [point.rate.value for point in roofline.points]
-    x = fit([*points, *ridges, *([] if points or ridges else [1.0, 1000.0])], log=True, pad=0.12)
+    # A slope is seen from a tenth of its ridge on.
+    slopes = [ridge / 10 for ridge in ridges]
+    x = fit([*points, *ridges, *slopes, *([] if points or ridges else [1.0, 1000.0])], log=True, pad=0.12)
     # At least a decade and a half, or a slope looks like a wall.
     y = fit([peak, peak / 30, *rates], log=True, pad=0.1)
     return (*x, *y)
@@ -92,9 +94,16 @@ def _level(roof: Roof, roofline: Roofline, x: Scale, y: Scale, taken: list[_Area
         return ""
     label = f"{roof.name}: {shown_value(roof.rate)}"
     width = text_width(label, 11)
-    taken += [(_RIGHT - width - 4, py - 17, _RIGHT, py), (x.at(begin), py - 1, _RIGHT, py + 1)]
+    left = _RIGHT - width - 4
+    hit = [x.at(p.intensity_flop_per_byte) for p in roofline.points if -7 < py - y.at(p.rate.value) < 24]
+    if any(left - 8 < px < _RIGHT + 8 for px in hit):  # at the other end, if no operation lies there
+        # Right of where the slope is above the label.
+        rise = (y.at(y.low) - y.at(math.e * y.low)) / (x.at(math.e * x.low) - x.at(x.low))
+        other = x.at(begin) + 8 + 17 / rise
+        left = left if any(other - 8 < px < other + width + 8 for px in hit) else other
+    taken += [(left, py - 17, left + width + 4, py), (x.at(begin), py - 1, _RIGHT, py + 1)]
     mark = tag("line", x1=x.at(begin), x2=_RIGHT, y1=py, y2=py, class_="roof", **tipped(_roof_tip(roof)))
-    return mark + words(_RIGHT - 4, py - 5, label, "soft small", "end")
+    return mark + words(left, py - 5, label, "soft small")
 
 
 def _slope(roof: Roof, peak: float, x: Scale, y: Scale, taken: list[_Area]) -> str:
