@@ -385,6 +385,36 @@ def test_a_killed_sweep_goes_on_to_the_same_result(tmp_path: Path, result: Sweep
     assert sorted(record["index"] for record in records) == list(range(18))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_workers_end_when_the_sweep_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\nfrom cofire.plan.sweep import SweepSpec, run_sweep\n"
+        "wait = lambda done, number: print('ready', flush=True) or time.sleep(60)\n"
+        "run_sweep(SweepSpec.model_validate_json(sys.argv[1]), workers=2, progress=wait)\n"
+    )
+    child = subprocess.Popen([sys.executable, str(script), tiny().model_dump_json()], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    workers = [int(word) for word in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+    assert len(workers) == 2
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    for _ in range(1500):
+        if not any(Path(f"/proc/{worker}").exists() and _runs(worker) for worker in workers):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"workers {workers} outlive the sweep")
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_file_in_use_is_refused(tmp_path: Path) -> None:
     from cofire.plan.sweep import fingerprint
     from cofire.plan.sweep_file import SweepFile

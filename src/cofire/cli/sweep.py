@@ -16,6 +16,7 @@ from cofire.cli.output import console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from cofire.plan.sweep import Progress, SweepResult, SweepSpec
 
@@ -160,6 +161,10 @@ def _print_result(out: Console, result: SweepResult) -> None:
         markup=False,
     )
     out.print(_front_table(result))
+    parts = {_bound(result, place) for place in result.shown}
+    bound = f"; training is bound by {parts.pop()} in all" if len(parts) == 1 else ""
+    note = f"tok/s: decoded per device at the largest batch; net $: switches and links per device{bound}"
+    out.print(note, soft_wrap=True)
     out.print(f"{knee.name} ({describe_change(knee)}) is {trade(result, knee)}.", soft_wrap=True, markup=False)
     ends = _extremes(result)
     for place in ends:
@@ -180,46 +185,51 @@ def _extremes(result: SweepResult) -> list[int]:
     return list(dict.fromkeys(result.shown[int(place)] for place in costs.argmin(axis=0)))
 
 
-def _front_table(result: SweepResult):
+def _front_table(result: SweepResult) -> Table:
     from rich.table import Table
 
-    from cofire.plan.sweep_report import by_price, changed_columns, short_path, short_value
+    from cofire.plan.sweep_report import axis_title, axis_value, by_price, changed_columns, short_number
     from cofire.spec.units import format_count
 
-    paths, _ = changed_columns(result)
+    axes, _ = changed_columns(result)
     known = {one.index: one for one in result.intervals}
-    labels = sorted({one.label for one in result.intervals})
+    labels = ", ".join(sorted({one.label for one in result.intervals})) or "not known"
     some = "" if len(result.shown) == len(result.front) else f"{len(result.shown)} of {len(result.front)}, "
-    title = f"The front ({some}modelled; $ per 1e12 tokens {', '.join(labels) or 'not known'}, with interval)"
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for heading in (
-        "",
-        *map(short_path, paths),
-        "total",
-        "active",
-        "k$",
-        "interval",
-        "TPOT ms",
-        "tok/s dev",
-        "$ net",
-        "binds",
-    ):
-        table.add_column(heading, justify="left" if heading in ("", "binds") else "right")
+    title = f"The front ({some}modelled; $ per 1e12 tokens: {labels}; * the knee)"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for axis in axes:
+        table.add_column(axis_title(axis), justify="right", overflow="fold")
+    for heading in ("total", "active", "$", "interval", "TPOT", "tok/s", "net $"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    parts = {_bound(result, place) for place in result.shown}
+    if len(parts) > 1:
+        table.add_column("bound by", overflow="fold")
     for place in by_price(result):
-        design, changed = result.designs[place], dict(result.designs[place].changed)
-        figures = design.figures
+        design = result.designs[place]
+        figures, one = design.figures, known.get(design.index)
         assert figures is not None
-        usd, one = figures.usd_per_trillion_tokens, known.get(design.index)
         table.add_row(
-            design.name + (" *" if place == result.knee else ""),
-            *(short_value(changed[path]) for path in paths),
+            design.name + "*" * (place == result.knee),
+            *(axis_value(axis, design) for axis in axes),
             format_count(figures.total_parameters),
             format_count(figures.activated_parameters),
-            "-" if usd is None else f"{usd / 1e3:,.4g}",
-            "-" if one is None else f"{one.low / 1e3:,.4g}-{one.high / 1e3:,.4g}",
-            f"{figures.tpot_s * 1e3:.3g}",
-            "-" if figures.decode_tokens_per_s_per_device is None else f"{figures.decode_tokens_per_s_per_device:,.0f}",
-            "-" if figures.network_usd_per_device is None else f"{figures.network_usd_per_device:,.0f}",
-            figures.binds,
+            _short(figures.usd_per_trillion_tokens),
+            "-" if one is None else f"{short_number(one.low)}-{short_number(one.high)}",
+            f"{figures.tpot_s * 1e3:.3g}ms",
+            _short(figures.decode_tokens_per_s_per_device),
+            _short(figures.network_usd_per_device),
+            *([figures.binds] if len(parts) > 1 else []),
         )
     return table
+
+
+def _bound(result: SweepResult, place: int) -> str:
+    figures = result.designs[place].figures
+    return "" if figures is None else figures.binds
+
+
+def _short(value: float | None) -> str:
+    from cofire.plan.sweep_report import short_number
+
+    return "-" if value is None else short_number(value)

@@ -17,10 +17,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -226,7 +231,8 @@ def fingerprint(spec: SweepSpec) -> str:
         names |= {pair for row in axis.values for pair in zip(axis.paths, row, strict=True) if "." not in pair[0]}
     bare = spec.model_copy(update={"axes": (), "budget": None})
     behind = [candidate(bare.model_copy(update={kind: name}), 0) for kind, name in sorted(names)]
-    text = json.dumps([asked.model_dump_json(), *(f"{one.specs} {one.reason}" for one in behind)])
+    # Another version may estimate otherwise.
+    text = json.dumps([version("cofire"), asked.model_dump_json(), *(f"{one.specs} {one.reason}" for one in behind)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -262,11 +268,24 @@ def _mapping(workers: int, tasks: int) -> Iterator[Callable[..., Iterable[Any]]]
     if workers <= 1 or tasks < 2:
         yield map
         return
-    pool = ProcessPoolExecutor(min(workers, tasks))
+    pool = ProcessPoolExecutor(min(workers, tasks), initializer=_start_worker, initargs=(os.getpid(),))
     try:
         yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    """Leave an interrupt from the keyboard to the parent, and end when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _groups(spec: SweepSpec, indices: list[int]) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ says that parameters are not quality.
 
 from __future__ import annotations
 
-from cofire.plan.design_space import MEASURES, Measure
+from cofire.plan.design_space import MEASURES, Axis, Measure
 from cofire.plan.layouts import describe
 from cofire.plan.page.figures import (
     Cell,
@@ -22,23 +22,43 @@ from cofire.plan.page.figures import (
 from cofire.plan.sweep import Design, DesignFigures, SweepResult
 from cofire.spec.units import format_count, format_quantity
 
+# Heads of columns for what is varied most often; any other path is written in full words.
+_SHORT = {
+    "num_routed_experts": "experts",
+    "expert_intermediate_size": "width",
+    "num_experts_per_token": "top-k",
+    "num_key_value_heads": "kv heads",
+    "kv_lora_rank": "kv rank",
+    "topology": "shape",
+    "bandwidth_bytes_per_s": "port B/s",
+}
 _SAME = 0.005  # a difference below half a percent is none
 _SHORTENED = 1e6  # numbers from here on are written with a prefix
 _REASONS = 6  # examples of refusals
 _ROWS = 500  # designs of the page's table
 
 
-def changed_columns(result: SweepResult) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the varied paths that differ over the shown front, and those that do not with their one value."""
-    shown = [dict(result.designs[place].changed) for place in result.shown]
-    paths = [path for axis in result.spec.axes for path in axis.paths]
-    differing = [path for path in paths if len({row[path] for row in shown}) > 1]
-    return differing, [(path, short_value(shown[0][path])) for path in paths if path not in differing]
+def changed_columns(result: SweepResult) -> tuple[list[Axis], list[Axis]]:
+    """Return the axes along which the shown front differs, and those along which it does not."""
+    shown = [result.designs[place] for place in result.shown]
+    differing = [axis for axis in result.spec.axes if len({axis_value(axis, design) for design in shown}) > 1]
+    return differing, [axis for axis in result.spec.axes if axis not in differing]
 
 
-def short_path(path: str) -> str:
-    """Return a path's last name in words, for a column: ``num routed experts``."""
-    return path.rsplit(".", 1)[-1].replace("_bytes_per_s", " B/s").replace("num_", "").replace("_", " ")
+def axis_title(axis: Axis) -> str:
+    """Return an axis as the head of a column, for example ``experts/width``."""
+    return "/".join(map(_short_path, axis.paths))
+
+
+def axis_value(axis: Axis, design: Design) -> str:
+    """Return what a design takes on an axis, for example ``256/2048``."""
+    changed = dict(design.changed)
+    return "/".join(short_value(changed[path]) for path in axis.paths)
+
+
+def _short_path(path: str) -> str:
+    last = path.rsplit(".", 1)[-1]
+    return _SHORT.get(last, last.removeprefix("num_").replace("_", " "))
 
 
 def short_value(text: str) -> str:
@@ -47,12 +67,17 @@ def short_value(text: str) -> str:
         number = float(text)
     except ValueError:
         return text
-    return format_quantity(number).strip() if abs(number) >= _SHORTENED else text
+    return short_number(number, 4) if abs(number) >= _SHORTENED else text
+
+
+def short_number(value: float, digits: int = 3) -> str:
+    """Return a number with a prefix and no space, for example ``318k``."""
+    return format_quantity(value, digits=digits).replace(" ", "")
 
 
 def describe_change(design: Design) -> str:
     """Return what a design changes in one line."""
-    return ", ".join(f"{short_path(path)} {short_value(value)}" for path, value in design.changed) or "as given"
+    return ", ".join(f"{_short_path(path)} {short_value(value)}" for path, value in design.changed) or "as given"
 
 
 def trade(result: SweepResult, design: Design) -> str:
@@ -119,7 +144,9 @@ def remarks(result: SweepResult) -> list[str]:
         )
     differing, same = changed_columns(result)
     if same and differing:
-        said.append("All of the shown front has " + ", ".join(f"{path} = {value}" for path, value in same) + ".")
+        knee = result.designs[result.knee]
+        fields = ", ".join(f"{axis.name} = {axis_value(axis, knee)}" for axis in same)
+        said.append(f"All of the shown front has {fields}.")
     if len(result.designs) < spec.grid_size:
         said.append(f"{len(result.designs):,} of {spec.grid_size:,} designs of the grid, drawn with seed {spec.seed}.")
     return said
@@ -132,7 +159,11 @@ def sweep_page(result: SweepResult) -> PlanPage:
     front = {result.designs[place].index for place in result.front}
     sections = [
         Section("Designs by two objectives", (_plot(result, able, front),)),
-        Section("The front", (_front_table(result),), (f"{knee.name} is {trade(result, knee)}.",)),
+        Section(
+            "The front",
+            (_front_table(result), _trade_table(result)),
+            (f"{knee.name} is {trade(result, knee)}.",),
+        ),
         Section("All designs", (_all_table(result, able, front),)),
         Section("What was varied", (_varied_table(result),)),
     ]
@@ -171,10 +202,10 @@ def _figures_text(design: Design) -> str:
 
 
 def _plotted(result: SweepResult, able: list[Design]) -> list[tuple[Measure, str]]:
-    """Return the measures that every design has: the objectives, $ and TPOT first, then the others."""
+    """Return what is drawn: the objectives, then cache, throughput and network where every design has them."""
     ways = {one.measure: one.better for one in result.spec.objectives}
-    asked = sorted(ways, key=lambda name: {"usd": 0, "total": 1, "tpot": 2}.get(name, 3))
-    names = [*asked, *(name for name in MEASURES if name not in ways)]
+    asked = sorted(ways, key=lambda name: {"usd": 0, "tpot": 1, "total": 2}.get(name, 3))
+    names = [*asked, *(name for name in ("kv", "throughput", "network") if name not in ways)]
     full = [name for name in names if all(design.value(name) is not None for design in able)]
     return [(MEASURES[name], ways.get(MEASURES[name].name, MEASURES[name].better)) for name in full]
 
@@ -227,18 +258,27 @@ def _front_table(result: SweepResult) -> SortableTable:
         figures = design.figures
         assert figures is not None
         chosen = number if place == result.knee else chosen
-        cells = list(_cells(figures))
-        if design.index in known:
-            one = known[design.index]
+        cells, one = list(_cells(figures)), known.get(design.index)
+        if one is not None:
             cells[3] = Value(one.value, "$", one.label, "modelled", one.low, one.high)
-        changed = dict(design.changed)
-        words = (describe(figures.layout), figures.binds, figures.decode_binds, trade(result, design))
-        row = (design.name, *(short_value(changed[path]) for path in differing), *cells, Value(beaten[place]), *words)
-        rows.append(row)
-    tail = ("beats", "trained with", "training bound by", "decoding bound by", "what it trades")
-    head = ("design", *(short_path(path) for path in differing), *_HEAD, *tail)
+        cells.insert(4, "" if one is None else f"{short_number(one.low)}-{short_number(one.high)}")
+        words = (figures.binds, figures.decode_binds)
+        values = (axis_value(axis, design) for axis in differing)
+        rows.append((design.name, *values, *cells, Value(beaten[place]), *words))
+    tail = ("beats", "training bound by", "decoding bound by")
+    head = ("design", *map(axis_title, differing), *_HEAD[:4], "interval", *_HEAD[4:], *tail)
     caption = f"{len(rows)} of {len(result.front)} members, chosen to show the range. The interval keeps the layout."
     return SortableTable("Members of the front", head, tuple(rows), caption, chosen)
+
+
+def _trade_table(result: SweepResult) -> SortableTable:
+    rows = []
+    for place in by_price(result):
+        design = result.designs[place]
+        assert design.figures is not None
+        rows.append((design.name, trade(result, design), describe(design.figures.layout)))
+    chosen = by_price(result).index(result.knee)
+    return SortableTable("What each trades", ("design", "what it trades", "trained with"), tuple(rows), chosen=chosen)
 
 
 def by_price(result: SweepResult) -> list[int]:
@@ -254,14 +294,14 @@ def by_price(result: SweepResult) -> list[int]:
 
 
 def _all_table(result: SweepResult, able: list[Design], front: set[int]) -> SortableTable:
-    paths = [path for axis in result.spec.axes for path in axis.paths]
-    rows = []
+    axes, rows = result.spec.axes, []
     for design in sorted(able, key=lambda design: design.index not in front)[:_ROWS]:
-        figures, changed = design.figures, dict(design.changed)
+        figures = design.figures
         assert figures is not None
-        words = (describe(figures.layout), figures.binds, "front" if design.index in front else "beaten")
-        rows.append((design.name, *(short_value(changed[path]) for path in paths), *_cells(figures), *words))
-    head = ("design", *(short_path(path) for path in paths), *_HEAD, "trained with", "bound by", "")
+        layout = figures.layout
+        words = (f"{layout.pp}/{layout.tp}/{layout.ep}", figures.binds, "front" if design.index in front else "beaten")
+        rows.append((design.name, *(axis_value(axis, design) for axis in axes), *_cells(figures), *words))
+    head = ("design", *map(axis_title, axes), *_HEAD, "pp/tp/ep", "bound by", "")
     caption = "" if len(able) <= _ROWS else f"{_ROWS} of {len(able):,}; the file of the sweep has all."
     return SortableTable("Designs", head, tuple(rows), caption)
 
