@@ -381,3 +381,15 @@ def test_two_zones_that_are_too_large_say_what_fits(switch_ports: int, nics: int
 def test_two_zones_of_one_node_each_have_no_inner_path():
     spec = NetworkSpec(topology="two_zone", switch_ports=5, nics_per_node=1, bandwidth_bytes_per_s=1.0)
     assert analyse(network_shape(spec, 2)).endpoints == 2
+
+
+def test_the_network_of_fire_flyer_2_has_the_ports_and_switches_that_it_was_bought_with():
+    cluster = load_as(ClusterSpec, "fire-flyer-2")
+    shape = cluster_shape(cluster)
+    assert isinstance(shape, TwoZone)
+    assert (shape.counts().switches, shape.num_leaves, shape.num_spines) == (122, 40, 20)
+    per_zone = shape.ports_per_zone + shape.num_storage_nodes + shape.num_joining_switches * shape.cross_links
+    assert (2 * shape.nodes_per_zone, 2 * per_zone) == (1250, 1600)
+    few = cluster.model_copy(update={"num_nodes": 100})
+    assert cluster_shape(few).counts().switches == 122
+    assert cluster_shape(cluster, 100).counts().switches < 20

@@ -405,6 +405,8 @@ def cluster_shape(cluster: ClusterSpec, num_nodes: int | None = None) -> Shape:
             f"network.num_endpoints = {num_endpoints} is less than the {needed} ports of {cluster.num_nodes} nodes; "
             f"take {needed} or more"
         )
+    if network.topology == "two_zone":
+        return _two_zone(network, needed, num_endpoints)
     return network_shape(network, num_endpoints)
 
 
@@ -434,8 +436,11 @@ def _tree(network: NetworkSpec, num_endpoints: int) -> FatTree:
     return FatTree(num_endpoints, *sizes)
 
 
-def _two_zone(network: NetworkSpec, num_endpoints: int) -> TwoZone:
-    """Zones with room for the nodes, a storage port for every fourth node and the joining links."""
+def _two_zone(network: NetworkSpec, num_endpoints: int, num_places: int = 0) -> TwoZone:
+    """Zones with room for the nodes, a storage port for every fourth node and the joining links.
+
+    ``num_places`` are what the leaves of both zones are bought for, storage and joining links included.
+    """
     ports, half = network.nics_per_node, network.switch_ports // 2
     _check(half >= 1, f"switch_ports = {network.switch_ports}: a tree needs at least 2")
     nodes = -(-num_endpoints // (2 * ports))
@@ -443,7 +448,7 @@ def _two_zone(network: NetworkSpec, num_endpoints: int) -> TwoZone:
     joining = min(10, half, max(1, per_zone // 60))
     free = half * network.switch_ports - per_zone - 2 * joining
     storage = max(0, min(free, round(0.3 * per_zone)))
-    leaves = -(-(per_zone + storage + 2 * joining) // half)
+    leaves = max(-(-(per_zone + storage + 2 * joining) // half), -(-num_places // (2 * half)))
     most = 2 * ports * ((2 * half * half - 2 * min(10, half)) // ports)
     _check(
         leaves <= 2 * half,
