@@ -9,9 +9,13 @@ import typer
 from typer.core import TyperGroup
 
 from cofire.cli.calibrate import calibrate
+from cofire.cli.experts import experts
+from cofire.cli.layouts import layouts
 from cofire.cli.options import JsonOption, SetOption, complete_cluster, complete_run, complete_schedule
 from cofire.cli.output import console, print_json
 from cofire.cli.plan_question import check_suffix, read_question
+from cofire.cli.serving import serving
+from cofire.cli.sweep import sweep
 
 if TYPE_CHECKING:
     from cofire.plan import ChunkTimes, Plan, Schedule, ScheduleCost, Timeline
@@ -38,9 +42,14 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         cls=_PlanGroup,
         no_args_is_help=True,
-        help="Estimate what a model costs, or compare pipeline schedules. A model's name alone stands for model NAME.",
+        help="What a model costs, how a cluster trains and serves it, and what binds. A model's name alone stands for "
+        "model NAME.",
     )
     group.command("model")(plan)
+    group.command("layouts")(layouts)
+    group.command("sweep")(sweep)
+    group.command("serving")(serving)
+    group.command("experts")(experts)
     group.command("pipeline")(pipeline)
     group.command("calibrate")(calibrate)
     app.add_typer(group, name="plan")

@@ -7,6 +7,7 @@ along each axis would change, or why it cannot be taken.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,12 +17,12 @@ from typing import Any
 from cofire.errors import PlanError, SpecError
 from cofire.plan.device_memory import RankMemory
 from cofire.plan.pipeline_cost import schedule_costs
-from cofire.plan.step import PartName, PreparedStep, StepEstimate, StepModel
+from cofire.plan.step import PartName, PreparedStep, StepEstimate, StepModel, check_degrees
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.io import parse
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec, RecomputeName, ScheduleName
-from cofire.spec.spec_type import Positive, Spec
+from cofire.spec.spec_type import Positive, Spec, nearest_divisor
 from cofire.spec.units import format_quantity
 from cofire.spec.workload import WorkloadSpec
 
@@ -177,6 +178,7 @@ def rank_layouts(
     Raises:
         PlanError: No layout of the search can be taken; the message says what comes closest.
     """
+    _check_fixed(model, cluster, fixed or {})
     workload = with_batch(workload, cluster)
     layouts = list(enumerate_layouts(model, cluster, search or SearchSpec(), fixed))
     chunks = [layouts[i : i + _CHUNK] for i in range(0, len(layouts), _CHUNK)]
@@ -292,6 +294,21 @@ def _kind(message: str) -> str:
     return message
 
 
+def _check_fixed(model: ModelSpec, cluster: ClusterSpec, fixed: dict[str, Any]) -> None:
+    """Refuse degrees that no layout of the whole cluster can have, before any is tried."""
+    check_degrees(model, fixed.get("tp", 1), fixed.get("ep", 1))
+    devices, axes = cluster.num_devices, [axis for axis in ("pp", "dp", "tp") if axis in fixed]
+    degree = math.prod(fixed[axis] for axis in axes)
+    if devices % degree or (len(axes) == 3 and degree != devices):
+        rule = "be" if len(axes) == 3 else "divide"
+        near = "" if len(axes) == 3 else f"; nearest: {nearest_divisor(devices, degree)}"
+        raise PlanError(f"{' x '.join(axes)} = {degree} must {rule} the {devices} devices of {cluster.name}{near}")
+    stage = devices // fixed.get("pp", 1)
+    if stage % fixed.get("ep", 1):
+        near = nearest_divisor(stage, fixed["ep"])
+        raise PlanError(f"ep = {fixed['ep']} must divide the {stage} devices of a stage; nearest: {near}")
+
+
 def _nothing(
     model: ModelSpec,
     cluster: ClusterSpec,
@@ -311,7 +328,8 @@ def _nothing(
     more = -(-cluster.num_nodes * smallest[0] // have)
     return (
         f"{start}: the smallest, {describe(smallest[1])}, needs {format_quantity(smallest[0], 'B')} of the "
-        f"{format_quantity(have, 'B')} on a device; try cluster.num_nodes = {more:.0f} or a smaller batch"
+        f"{format_quantity(have, 'B')} on a device; try cluster.num_nodes = {more:.0f}, recompute = full, or "
+        "fewer axes that are fixed"
     )
 
 

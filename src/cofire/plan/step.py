@@ -34,7 +34,7 @@ from cofire.plan.traffic import Links, expert_traffic, hidden_bytes, transfer_by
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
-from cofire.spec.spec_type import Spec
+from cofire.spec.spec_type import Spec, nearest_divisor
 from cofire.spec.workload import WorkloadSpec
 
 PartName = Literal[
@@ -556,16 +556,7 @@ def check_layout(model: ModelSpec, cluster: ClusterSpec, workload: WorkloadSpec,
             f"pp x dp x tp = {layout.num_devices} devices are more than the {cluster.num_devices} of {cluster.name}; "
             f"take dp = {max(1, cluster.num_devices // (layout.pp * layout.tp))} or a larger cluster.num_nodes"
         )
-    heads = model.attention.num_heads
-    if heads % layout.tp:
-        raise PlanError(f"tp = {layout.tp} must divide the {heads} heads of {model.name}; {_near(heads, layout.tp)}")
-    if model.moe is None and layout.ep > 1:
-        raise PlanError(f"ep = {layout.ep} needs experts, but {model.name} is dense; take ep = 1")
-    if model.moe is not None and model.moe.num_routed_experts % layout.ep:
-        experts = model.moe.num_routed_experts
-        raise PlanError(
-            f"ep = {layout.ep} must divide the {experts} routed experts of {model.name}; {_near(experts, layout.ep)}"
-        )
+    check_degrees(model, layout.tp, layout.ep)
     sequences = layout.dp * layout.micro_batch_size
     batch = workload.global_batch_size
     if batch is None:
@@ -578,7 +569,21 @@ def check_layout(model: ModelSpec, cluster: ClusterSpec, workload: WorkloadSpec,
     return batch // sequences
 
 
-def _near(number: int, wish: int) -> str:
-    from cofire.spec.spec_type import nearest_divisor
+def check_degrees(model: ModelSpec, tp: int, ep: int) -> None:
+    """Check that a model can be cut along its tensor and expert axes.
 
+    Raises:
+        PlanError: A degree does not divide what it splits.
+    """
+    heads = model.attention.num_heads
+    if heads % tp:
+        raise PlanError(f"tp = {tp} must divide the {heads} heads of {model.name}; {_near(heads, tp)}")
+    if model.moe is None and ep > 1:
+        raise PlanError(f"ep = {ep} needs experts, but {model.name} is dense; take ep = 1")
+    if model.moe is not None and model.moe.num_routed_experts % ep:
+        experts = model.moe.num_routed_experts
+        raise PlanError(f"ep = {ep} must divide the {experts} routed experts of {model.name}; {_near(experts, ep)}")
+
+
+def _near(number: int, wish: int) -> str:
     return f"nearest: {nearest_divisor(number, wish)}"

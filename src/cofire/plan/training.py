@@ -18,14 +18,10 @@ from cofire.plan.layouts import (
 from cofire.plan.step import StepEstimate, StepModel
 from cofire.plan.uncertainty import Interval, interval
 from cofire.spec.hardware import ClusterSpec
-from cofire.spec.io import parse
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.spec_type import Spec
 from cofire.spec.workload import WorkloadSpec
-
-# A layout is given, not searched for, where all of its degrees are.
-_DEGREES = {"pp", "dp", "tp"}
 
 
 class TrainingPlan(Spec):
@@ -69,7 +65,6 @@ def plan_training(
         progress: See :func:`cofire.plan.layouts.rank_layouts`.
 
     Raises:
-        SpecError: The fields of the layout break one of its rules.
         PlanError: The layout cannot run, or none can.
     """
     workload = with_batch(workload, cluster)
@@ -77,10 +72,7 @@ def plan_training(
     ranking = None
     if isinstance(parallel, ParallelSpec):
         chosen = steps.estimate(parallel)
-    elif parallel is not None and set(parallel) >= _DEGREES:
-        chosen = steps.estimate(parse(ParallelSpec, parallel, "parallel"))
     else:
-        parse(ParallelSpec, {**(parallel or {}), "dp": 1, "ep": 1}, "parallel")
         ranking = rank_layouts(model, cluster, workload, search, parallel, limit, workers, progress)
         chosen = ranking.best[0]
     return TrainingPlan(
