@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,7 +21,10 @@ from cofire.plan.page.figures import (
     LayeredTopology,
     MemoryStack,
     PlanPage,
+    Roof,
     Roofline,
+    RoofPoint,
+    Section,
     Sensitivity,
     SortableTable,
     StepBreakdown,
@@ -28,6 +32,7 @@ from cofire.plan.page.figures import (
     TorusTopology,
     Value,
 )
+from cofire.plan.page.svg import text_width
 from cofire.plan.pipeline import make_schedule
 from cofire.plan.plan_figures import draw_network, hidden_s, kernel_sums, network_nodes
 from cofire.plan.plan_page import plan_page
@@ -40,7 +45,10 @@ V3_LAYOUT = ParallelSpec(pp=16, dp=128, ep=64, schedule="dualpipe", recompute="s
 LAYOUTS = {
     "deepseek-v3": ("h800-2048", V3_LAYOUT),
     "deepseekmoe-16b": ("fire-flyer-2", ParallelSpec(pp=10, dp=1000, ep=8)),
-    "qwen2.5-72b": ("gb200-nvl72", ParallelSpec(pp=4, dp=72, tp=2, schedule="interleaved", stages_per_rank=2)),
+    "qwen2.5-72b": (
+        "gb200-nvl72",
+        ParallelSpec(pp=4, dp=72, tp=2, schedule="interleaved", stages_per_rank=2, precision="fp8"),
+    ),
     "small": ("h100-8", ParallelSpec(dp=8)),
 }
 
@@ -268,7 +276,9 @@ def test_a_plan_without_a_layout_says_why_on_its_page() -> None:
     plan = estimate(load_as(ModelSpec, "deepseek-v3"), load_as(ClusterSpec, "h100-8"))
     assert plan.training is None
     page = plan_page(plan)
-    assert page.verdict[1] == plan.training_refused
+    assert page.verdict[1].lower() == f"{plan.training_refused}.".lower()
+    assert plan.bounds is not None
+    assert any(f"needs {plan.bounds.decode.num_devices} devices" in remark for remark in page.remarks)
     assert "Parameters" in render_page(page)
 
 
@@ -292,3 +302,31 @@ def test_without_a_cluster_the_page_is_about_the_model() -> None:
 def test_equal_plans_give_equal_pages() -> None:
     plan = planned("small")
     assert render_page(plan_page(plan)) == render_page(plan_page(Plan.from_dict(plan.to_dict())))
+
+
+CROWDED = Roofline(
+    "FP8 kernels at the level of the BF16 roof",
+    (
+        Roof("fp8 peak", Value(5e15, "FLOP/s"), "compute"),
+        Roof("bf16 peak", Value(2.5e15, "FLOP/s"), "compute"),
+        Roof("memory", Value(8e12, "B/s"), "memory"),
+    ),
+    tuple(RoofPoint(f"product {i}", 1700.0 + 100 * i, Value(2.65e15, "FLOP/s")) for i in range(4)),
+)
+
+
+@pytest.mark.parametrize("model", ["crowded", *sorted(LAYOUTS)])
+def test_names_of_roofs_keep_off_the_kernels(model: str) -> None:
+    page = PlanPage("crowded", sections=(Section("Kernels", (CROWDED,)),)) if model == "crowded" else paged(model)
+    text = render_page(page)
+    (drawn,) = [part for part in text.split("<svg")[1:] if "operations under" in part]
+    figure = ElementTree.fromstring(f"<svg{drawn.split('</svg>')[0]}</svg>")
+    points = [(float(mark.get("cx", "")), float(mark.get("cy", ""))) for mark in figure.iter("circle")]
+    names = [each for each in figure.iter("text") if " peak: " in (each.text or "")]
+    assert points
+    assert names
+    for name in names:
+        x, y = float(name.get("x", "")), float(name.get("y", ""))
+        width = text_width(name.text or "", 11)
+        assert name.get("text-anchor") is None  # so that x is where it begins
+        assert not [p for p in points if x - 5 < p[0] < x + width + 5 and y - 9 - 5 < p[1] < y + 5]

@@ -72,8 +72,9 @@ def plan_page(plan: Plan) -> PlanPage:
     subtitle = f"{plan.cluster.num_devices:,} x {plan.cluster.device.name}"
     if plan.training is None:
         headline = f"No plan to train {subject} on {plan.cluster.name}"
-        said = (headline, plan.training_refused) if plan.training_refused else (headline,)
-        sections = (*_network_sections(plan.cluster), *_cost_sections(plan))
+        why = plan.training_refused
+        said = (headline, f"{why[:1].upper()}{why[1:]}.") if why else (headline,)
+        sections = (_memory_section(plan), *_network_sections(plan.cluster), *_cost_sections(plan))
         return PlanPage(title, subtitle, said, tuple(_model_facts(plan)), sections, tuple(_remarks(plan)))
     training, cluster = plan.training, plan.cluster
     steps = StepModel(plan.model, cluster, training.workload)
@@ -384,17 +385,14 @@ def _cache_table(plan: Plan) -> SortableTable:
 def _decode_table(plan: Plan) -> SortableTable:
     assert plan.bounds is not None
     decode = plan.bounds.decode
+    read = f"{decode.experts_read:.1f} experts read per layer" if plan.model.moe else "all weights read"
     rows: tuple[tuple[Cell, ...], ...] = (
         ("step", Value(decode.step_s, "s"), f"{decode.binds} binds"),
         ("set by compute", Value(decode.compute_s, "s"), "at the peak"),
-        (
-            "set by memory bandwidth",
-            Value(decode.bandwidth_s, "s"),
-            f"{decode.experts_read:.1f} experts read per layer",
-        ),
+        ("set by memory bandwidth", Value(decode.bandwidth_s, "s"), read),
         ("all sequences", Value(decode.tokens_per_s, "token/s"), f"{plan.workload.batch_size} at a time"),
     )
-    title = f"Decoding at best, {decode.num_devices} devices"
+    title = f"Decoding at best, {decode.num_devices} device{'s' * (decode.num_devices > 1)}"
     return SortableTable(title, ("", "at best", ""), rows, "Peaks of the data sheet, no communication.")
 
 
@@ -429,4 +427,7 @@ def _remarks(plan: Plan) -> list[str]:
         ]
     if plan.cluster is not None:
         remarks.append("Dollars are the rent of the devices alone.")
+        needed = plan.bounds.decode.num_devices if plan.bounds is not None else 0
+        if needed > plan.cluster.num_devices:
+            remarks.append(f"Decoding needs {needed} devices; {plan.cluster.name} has {plan.cluster.num_devices}.")
     return remarks

@@ -265,7 +265,7 @@ def _errors(item: ErrorTable, key: str) -> str:
                 class_="fitted" if row.fitted else None,
             )
         )
-    head = '<thead><tr><th>point</th><th class="number">this plan</th><th class="number">published</th>'
+    head = '<thead><tr><th>point</th><th class="number">predicted</th><th class="number">published</th>'
     head += '<th class="number">error</th><th></th><th></th></tr></thead>'
     free = [abs(row.error) for row in item.rows if not row.fitted]
     summary = ""

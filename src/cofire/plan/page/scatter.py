@@ -370,10 +370,10 @@ def _spread(ticks: list[tuple[float, str]], start: float, end: float) -> list[tu
 
 
 def _axes(x: list[tuple[float, str]], y: list[tuple[float, str]], x_title: str, y_title: str) -> str:
-    body = [
-        line(place, _TOP, place, _BOTTOM, "grid") + words(place, _BOTTOM + 16, label, "tick", "middle")
-        for place, label in x
-    ]
+    body = []
+    for place, label in x:  # a label at the right edge stays inside the drawing
+        middle = min(place, WIDTH - text_width(label, 12) / 2)
+        body.append(line(place, _TOP, place, _BOTTOM, "grid") + words(middle, _BOTTOM + 16, label, "tick", "middle"))
     body += [
         line(_LEFT, place, _RIGHT, place, "grid") + words(_LEFT - 7, place + 4, label, "tick", "end")
         for place, label in y
