@@ -35,6 +35,7 @@ from cofire.plan.pareto import knee, num_beaten, pareto_front, scaled, spread
 from cofire.plan.serving import plan_serving
 from cofire.plan.step import StepModel
 from cofire.plan.sweep import SweepResult, best_step, decode, judge, prepare, run_sweep, timing_key
+from cofire.plan.sweep_effects import axis_effects
 from cofire.plan.sweep_report import reasons, remarks, sweep_page, trade
 from cofire.spec import ClusterSpec, ModelSpec, ParallelSpec, WorkloadSpec, load_as
 
@@ -313,22 +314,27 @@ def test_processes_and_one_process_give_the_same_result(result: SweepResult) -> 
     assert run_sweep(tiny(), workers=2) == result
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepResult, bytes, Path]:
+    spec = tiny("model.moe.num_routed_experts=8,16", "cluster.network.num_planes=1,8")
+    path = tmp_path_factory.mktemp("sweep") / "sweep.jsonl"
+    return run_sweep(spec, path=str(path)), path.read_bytes(), path
+
+
+@settings(max_examples=10, deadline=None)
 @given(st.floats(0, 1))
-def test_a_file_cut_anywhere_goes_on_to_the_same_result(share: float) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sweep.jsonl"
-        spec = tiny("model.moe.num_routed_experts=8,16", "cluster.network.num_planes=1,8")
-        whole = run_sweep(spec, path=str(path))
-        text = path.read_bytes()
-        path.write_bytes(text[: int(share * len(text))])
-        assert run_sweep(spec, path=str(path)) == whole
-        assert path.read_bytes() == text
+def test_a_file_cut_anywhere_goes_on_to_the_same_result(
+    whole_file: tuple[SweepResult, bytes, Path], share: float
+) -> None:
+    whole, text, path = whole_file
+    path.write_bytes(text[: int(share * len(text))])
+    assert run_sweep(whole.spec, path=str(path)) == whole
+    assert path.read_bytes() == text
 
 
-def test_a_finished_file_is_not_estimated_again_and_a_larger_sample_goes_on(tmp_path: Path) -> None:
+def test_a_finished_file_is_not_estimated_again_and_a_larger_sample_goes_on(
+    tmp_path: Path, result: SweepResult
+) -> None:
     path, seen = tmp_path / "sweep.jsonl", []
     run_sweep(tiny(max_points=4), path=str(path), progress=lambda done, number: seen.append((done, number)))
     first = path.read_bytes()
@@ -338,7 +344,7 @@ def test_a_finished_file_is_not_estimated_again_and_a_larger_sample_goes_on(tmp_
     assert seen == [(4, 4)]
     larger = run_sweep(tiny(), path=str(path))
     assert path.read_bytes().startswith(first)
-    assert larger == run_sweep(tiny())
+    assert larger == result
 
 
 def test_a_file_of_another_sweep_is_left_alone(tmp_path: Path) -> None:
@@ -474,6 +480,44 @@ def test_each_member_of_the_front_says_what_it_trades(result: SweepResult) -> No
     costs = {place: result.designs[place].value("usd") for place in result.front}
     assert "least $ per 1e12 tokens" in said[min(costs, key=lambda place: costs[place] or 0.0)]
     assert all("against the knee" in text or "as the knee" in text for p, text in said.items() if p != result.knee)
+
+
+def test_an_axis_moves_what_pairs_of_designs_that_differ_in_it_alone_say(result: SweepResult) -> None:
+    able = {design.changed: design for design in result.designs if design.figures is not None}
+    knee = dict(result.designs[result.knee].changed)
+    effects = axis_effects(result)
+    for one in effects:
+        ratios = []
+        for changed, design in able.items():
+            fields = dict(changed)
+            if fields[one.axis] == one.value[0]:
+                other = able.get(tuple((fields | {one.axis: knee[one.axis]}).items()))
+                if other is not None:
+                    ratios.append((design.value("usd") or 0.0) / (other.value("usd") or 1.0))
+        assert one.num_pairs == len(ratios)
+        assert one.ratios["usd"] == pytest.approx(float(np.prod(ratios)) ** (1 / len(ratios)))
+    # Every other value of each axis has an effect; the speed of ports has none on sizes.
+    assert len(effects) == 2 + 2 + 1
+    assert effects[-1].axis == "cluster.network.bandwidth_bytes_per_s"
+    assert effects[-1].ratios["total"] == effects[-1].ratios["activated"] == 1.0
+
+
+def test_the_default_batch_of_decoding_is_halved_until_the_design_as_given_holds_it() -> None:
+    spec = prepare(SweepSpec(model="llama3.1-405b", cluster="h100-2048"))
+    size = spec.serving.sequences_per_device
+    model, cluster = load_as(ModelSpec, "llama3.1-405b"), load_as(ClusterSpec, "h100-2048")
+    assert size < 32
+    assert decode(model, cluster, spec.serving).serving.sequences_per_device == size
+    with pytest.raises(PlanError, match="do not fit"):
+        decode(model, cluster, spec.serving.model_copy(update={"sequences_per_device": 2 * size}))
+
+
+def test_decoding_takes_the_fastest_tensor_parallel_degree_that_fits() -> None:
+    """Eight do not fit: each device then holds the caches of eight times the sequences."""
+    model, cluster = load_as(ModelSpec, "deepseek-v3"), load_as(ClusterSpec, "h800-2048")
+    asked = SweepSpec(model="deepseek-v3", cluster="h800-2048").serving
+    steps = [plan_serving(model, cluster, asked.model_copy(update={"tp": tp})).step_s.value for tp in (1, 2, 4)]
+    assert decode(model, cluster, asked).step_s.value == min(steps)
 
 
 def test_the_page_shows_every_design_the_axes_the_refusals_and_the_remarks(result: SweepResult) -> None:

@@ -160,6 +160,9 @@ def _print_result(out: Console, result: SweepResult) -> None:
         soft_wrap=True,
         markup=False,
     )
+    labels = ", ".join(sorted({one.label for one in result.intervals})) or "not known"
+    some = "" if len(result.shown) == len(result.front) else f"{len(result.shown)} of {len(result.front)}, "
+    out.print(f"The front ({some}modelled; $ per 1e12 tokens: {labels}; * the knee)", soft_wrap=True, markup=False)
     out.print(_front_table(result))
     parts = {_bound(result, place) for place in result.shown}
     bound = f"; training is bound by {parts.pop()} in all" if len(parts) == 1 else ""
@@ -171,10 +174,34 @@ def _print_result(out: Console, result: SweepResult) -> None:
         if place != result.knee:
             design = result.designs[place]
             out.print(f"{design.name}: {trade(result, design)}.", soft_wrap=True, markup=False)
+    _print_effects(out, result)
     for kind, count, reason in reasons(result):
         out.print(f"refused by {kind}: {count}, for example {reason}", soft_wrap=True, markup=False)
     for remark in remarks(result):
         out.print(f"- {remark}", soft_wrap=True, markup=False)
+
+
+def _print_effects(out: Console, result: SweepResult) -> None:
+    from rich.table import Table
+
+    from cofire.plan.design_space import MEASURES
+    from cofire.plan.sweep_effects import axis_effects
+    from cofire.plan.sweep_report import effect_words
+
+    effects = axis_effects(result)
+    if not effects:
+        return
+    out.print("What each axis moves (mean ratio over pairs of designs that differ in it alone)", soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("axis", "from", "to"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("pairs", *(MEASURES[one.measure].title for one in result.spec.objectives)):
+        table.add_column(heading, justify="right")
+    for one in effects:
+        table.add_row(
+            *effect_words(result, one), str(one.num_pairs), *(f"x{ratio:.3f}" for ratio in one.ratios.values())
+        )
+    out.print(table)
 
 
 def _extremes(result: SweepResult) -> list[int]:
@@ -193,10 +220,7 @@ def _front_table(result: SweepResult) -> Table:
 
     axes, _ = changed_columns(result)
     known = {one.index: one for one in result.intervals}
-    labels = ", ".join(sorted({one.label for one in result.intervals})) or "not known"
-    some = "" if len(result.shown) == len(result.front) else f"{len(result.shown)} of {len(result.front)}, "
-    title = f"The front ({some}modelled; $ per 1e12 tokens: {labels}; * the knee)"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for axis in axes:
         table.add_column(axis_title(axis), justify="right", overflow="fold")

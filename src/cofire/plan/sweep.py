@@ -167,7 +167,7 @@ class SweepResult(Spec):
 
 
 def prepare(spec: SweepSpec) -> SweepSpec:
-    """Return the sweep with axes and objectives, its own or the default ones, and with formats that its cluster has.
+    """Return the sweep with axes, objectives and decoding, its own or the default ones.
 
     Raises:
         SpecError: A spec cannot be read or breaks a rule.
@@ -182,6 +182,8 @@ def prepare(spec: SweepSpec) -> SweepSpec:
         changes["axes"] = default_axes(bare.specs.model, bare.specs.cluster)
     if not spec.objectives:
         changes["objectives"] = DEFAULT_OBJECTIVES
+    if spec.serving == SweepSpec.model_fields["serving"].default:
+        changes["serving"] = _fitting(spec.serving, bare.specs)
     spec = spec.model_copy(update=changes)
     paths = Counter(path for axis in spec.axes for path in axis.paths)
     twice = [path for path, count in paths.items() if count > 1]
@@ -191,6 +193,20 @@ def prepare(spec: SweepSpec) -> SweepSpec:
     if number > _MOST_POINTS:
         raise PlanError(f"the grid has {number:,} designs, more than {_MOST_POINTS:,}; add --max-points 500")
     return spec
+
+
+def _fitting(serving: ServingSpec, specs: DesignSpecs) -> ServingSpec:
+    """Return how to decode, with the batch halved until the design as given holds it: then all have the same batch."""
+    size = serving.sequences_per_device
+    while size >= 1:
+        smaller = serving.model_copy(update={"sequences_per_device": size})
+        try:
+            decode(specs.model, specs.cluster, smaller)
+        except PlanError:
+            size /= 2
+            continue
+        return smaller
+    return serving
 
 
 def run_sweep(
@@ -364,7 +380,7 @@ def best_step(
 def decode(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec) -> ServingPlan:
     """Return the decoding of a batch on the smallest instance that holds it.
 
-    Devices double from ``serving.num_devices`` up, and at each number ``tp`` from ``serving.tp`` up, until it fits.
+    Devices double from ``serving.num_devices`` up until it fits; of ``tp`` from ``serving.tp`` up the fastest is taken.
     Weights are FP8 where the device has it and ``serving`` says so, else BF16. A model that is made for less than
     ``context_length`` attends to its longest sequence.
 
@@ -377,17 +393,22 @@ def decode(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec) -> Serv
     serving = serving.model_copy(update={"context_length": length})
     most = cluster.num_devices if cluster.network is not None else cluster.scale_up_size
     devices = min(serving.num_devices, most)
-    refusal: PlanError | None = None
+    refusal = PlanError(f"serving.tp = {serving.tp} is more than the {cluster.scale_up_size} devices on fast links")
     while devices <= most:
+        fitting: list[ServingPlan] = []
         tp = serving.tp
         while tp <= min(cluster.scale_up_size, devices):
             try:
-                return plan_serving(model, cluster, serving.model_copy(update={"num_devices": devices, "tp": tp}))
+                fitting.append(
+                    plan_serving(model, cluster, serving.model_copy(update={"num_devices": devices, "tp": tp}))
+                )
             except PlanError as error:
                 refusal = error
             tp *= 2
+        if fitting:
+            return min(fitting, key=lambda plan: plan.step_s.value)
         devices *= 2
-    raise refusal or PlanError(f"tp = {serving.tp} is more than the {cluster.scale_up_size} devices on fast links")
+    raise refusal
 
 
 def _refused(found: Candidate, refusal: Refusal, reason: str) -> Design:

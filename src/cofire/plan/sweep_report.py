@@ -20,6 +20,7 @@ from cofire.plan.page.figures import (
     Value,
 )
 from cofire.plan.sweep import Design, DesignFigures, SweepResult
+from cofire.plan.sweep_effects import AxisEffect, axis_effects
 from cofire.spec.units import format_count, format_quantity
 
 # Heads of columns for what is varied most often; any other path is written in full words.
@@ -164,6 +165,7 @@ def sweep_page(result: SweepResult) -> PlanPage:
             (_front_table(result), _trade_table(result)),
             (f"{knee.name} is {trade(result, knee)}.",),
         ),
+        Section("What each axis moves", (_effects_table(result),)),
         Section("All designs", (_all_table(result, able, front),)),
         Section("What was varied", (_varied_table(result),)),
     ]
@@ -304,6 +306,23 @@ def _all_table(result: SweepResult, able: list[Design], front: set[int]) -> Sort
     head = ("design", *map(axis_title, axes), *_HEAD, "pp/tp/ep", "bound by", "")
     caption = "" if len(able) <= _ROWS else f"{_ROWS} of {len(able):,}; the file of the sweep has all."
     return SortableTable("Designs", head, tuple(rows), caption)
+
+
+def _effects_table(result: SweepResult) -> SortableTable:
+    titles = [MEASURES[one.measure].title for one in result.spec.objectives]
+    rows = tuple(
+        (*effect_words(result, one), Value(one.num_pairs), *(f"x {ratio:.3f}" for ratio in one.ratios.values()))
+        for one in axis_effects(result)
+    )
+    caption = "Geometric mean over pairs of designs that differ in this axis alone, against the knee's value."
+    return SortableTable("Effects", ("axis", "from", "to", "pairs", *titles), rows, caption)
+
+
+def effect_words(result: SweepResult, effect: AxisEffect) -> tuple[str, str, str]:
+    """Return an effect's axis, reference and value in short."""
+    axis = next(axis for axis in result.spec.axes if axis.name == effect.axis)
+    reference, value = ("/".join(map(short_value, value)) for value in (effect.reference, effect.value))
+    return axis_title(axis), reference, value
 
 
 def _varied_table(result: SweepResult) -> SortableTable:
