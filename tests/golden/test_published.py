@@ -24,7 +24,7 @@ def of(source: str) -> tuple[Prediction, ...]:
 def print_table(rows: tuple[Prediction, ...]) -> None:
     for row in rows:
         mark = "fitted" if row.point.fitted else ""
-        figures = f"published {row.point.value:11,.2f}  modelled {row.value:11,.2f}"
+        figures = f"published {row.point.value:12,.3f}  modelled {row.value:12,.3f}"
         print(f"{row.point.name:54} {figures} {row.error:+6.1%} {mark}")
     mean, largest = mean_error(rows)
     print(f"not fitted: mean {mean:.1%}, largest {largest:.1%}")
@@ -53,6 +53,12 @@ def test_fire_flyer_steps_come_out_within_a_quarter() -> None:
     assert max(abs(row.error) for row in rows) <= 0.25
 
 
+def test_llama_405b_comes_out_within_a_tenth_in_bf16() -> None:
+    rows = of("2407.21783")
+    print_table(rows)
+    assert [abs(row.error) <= 0.10 for row in rows] == [True, True]
+
+
 @pytest.mark.parametrize("model", ["llama-13b", "deepseekmoe-16b"])
 def test_fire_flyer_loses_efficiency_with_devices_as_published(model: str) -> None:
     rows = [row for row in of("2408.14158") if row.point.model == model]
@@ -77,12 +83,12 @@ def test_every_point_runs_on_its_devices_and_fits_in_their_memory() -> None:
         assert batch is not None
         assert step.tokens_per_step == batch * point.workload.sequence_length
         assert step.num_devices == point.num_nodes * 8
-        assert step.fits
+        assert step.fits or not point.memory_known
 
 
 def test_a_fire_flyer_point_hangs_on_the_recomputation_that_is_not_published() -> None:
     for point in published_points():
-        if not point.assumed:
+        if "2408.14158" not in point.source:
             continue
         everything = dataclasses.replace(point, layout=point.layout.model_copy(update={"recompute": "full"}))
         assert everything.estimate().step_s > 1.1 * point.estimate().step_s

@@ -1,11 +1,13 @@
 """Training runs that others published, and what the planner says of each: the evidence for its step times.
 
 Megatron-LM's A100 iterations (arXiv 2205.05198, tables 3 and 5, the points that Calculon validates on), DeepSeek-V3's
-device hours (arXiv 2412.19437, table 1) and Fire-Flyer 2's strong scaling (arXiv 2408.14158, section V). Two Megatron
-points set two figures of ``dgx-a100-512``; nothing else is fitted to a point that stands here.
+device hours (arXiv 2412.19437, table 1), Fire-Flyer 2's strong scaling (arXiv 2408.14158, section V) and the
+utilisation of LLaMA-3.1-405B (arXiv 2407.21783, table 4). Two Megatron points set two figures of ``dgx-a100-512``;
+nothing else is fitted to a point that stands here.
 
 Left out: runs whose layout is not known. Fire-Flyer's paper gives pipeline ranks, batch and sequence length alone;
-micro-batches of one sequence, 1F1B, selective recomputation and no expert parallelism are assumptions.
+micro-batches of one sequence, 1F1B, selective recomputation and no expert parallelism are assumptions. LLaMA's 405B run
+saves memory by means that the planner does not know, so its time is compared, not its memory.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.workload import WorkloadSpec
 
-Quantity = Literal["step_s", "device_hours_per_trillion_tokens"]
+Quantity = Literal["step_s", "device_hours_per_trillion_tokens", "mfu"]
 
 # Model: pipeline ranks, micro-batch, batch, stages per rank; seconds of an iteration with full recomputation, and with
 # sequence parallelism and selective recomputation.
@@ -38,6 +40,8 @@ _FIRE_FLYER = {
     "llama-13b": (4, 2048, 4096, {64: 64.118, 256: 17.448, 512: 9.717}),
     "deepseekmoe-16b": (10, 4096, 4608, {40: 79.615, 320: 10.71, 640: 6.535}),
 }
+# Devices: data-parallel ranks, TFLOP/s per device.
+_LLAMA_405B = {8192: (64, 430), 16384: (128, 400)}
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class PublishedPoint:
         layout: As published, or as the module's text assumes.
         workload: Sequence length, batch and formats.
         quantity: Which field of an estimate the figure is.
-        value: Published; seconds, or device hours per trillion tokens.
+        value: Published; seconds, device hours per trillion tokens, or a fraction of the BF16 peak.
         source: Where.
         fitted: A figure of the cluster's preset was set by this point, so it is no test.
         assumed: What of the layout is not published.
+        memory_known: Whether the planner knows how the run saved memory.
     """
 
     name: str
@@ -69,6 +74,7 @@ class PublishedPoint:
     source: str
     fitted: bool = False
     assumed: str = ""
+    memory_known: bool = True
 
     def estimate(self) -> StepEstimate:
         """Return the planner's step for this run.
@@ -95,7 +101,7 @@ class Prediction:
 
 def published_points() -> tuple[PublishedPoint, ...]:
     """Return all published points, by source."""
-    return (*_megatron(), _deepseek_v3(), *_fire_flyer())
+    return (*_megatron(), _deepseek_v3(), *_fire_flyer(), *_llama_405b())
 
 
 @cache
@@ -167,3 +173,20 @@ def _fire_flyer() -> Iterator[PublishedPoint]:
                 source="arXiv 2408.14158, section V",
                 assumed="micro-batches of one sequence, 1F1B, selective recomputation, no expert parallelism",
             )
+
+
+def _llama_405b() -> Iterator[PublishedPoint]:
+    for devices, (dp, tflops) in _LLAMA_405B.items():
+        yield PublishedPoint(
+            name=f"llama3.1-405b, {devices} H100, MFU",
+            model="llama3.1-405b",
+            cluster="h100-2048",
+            num_nodes=devices // 8,
+            layout=ParallelSpec(pp=16, tp=8, dp=dp, schedule="interleaved", stages_per_rank=7),
+            workload=WorkloadSpec(sequence_length=8192, global_batch_size=2048),
+            quantity="mfu",
+            value=tflops / 989,
+            source="arXiv 2407.21783, table 4",
+            assumed="seven stages per rank, causal FLOP as the planner counts them",
+            memory_known=False,
+        )
