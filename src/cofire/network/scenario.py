@@ -67,6 +67,8 @@ PATTERN_ALGORITHMS: dict[str, tuple[str, ...]] = {
 
 # What fits into the memory of a small machine: entries of flows by links.
 _ENTRIES_MAX = 40_000_000
+# Flows that wait for each other, if hardly two of them fare alike: a minute.
+_UNLIKE_MAX = 60_000
 # Tokens whose experts are drawn, over all devices.
 _SAMPLED_TOKENS = 131_072
 # Where many flows of different sizes wait for nobody, rates stay for this part of the least time.
@@ -298,7 +300,8 @@ def _check_size(stage: _Stage, flows_max: int | None) -> None:
     spread = int((high > 1).sum()) // planes if stage.routing == "adaptive" else 1
     waits = 1 if pattern in ("all_to_all", "experts", "incast", "shift") else 3
     most = _ENTRIES_MAX // (4 + 2 * spread) // waits
-    for limit, what in ((most, "in memory"), (flows_max, "in a trace")):
+    hashed = _UNLIKE_MAX if stage.routing == "ecmp" and waits > 1 else None
+    for limit, what in ((most, "in memory"), (hashed, "with ecmp, where no two are alike,"), (flows_max, "in a trace")):
         if limit is None or _count_flows(stage) <= limit:
             continue
         fit = [n for n in range(1, stage.num_nodes) if _count_flows(replace(stage, num_nodes=n)) <= limit]
