@@ -60,8 +60,8 @@ def test_the_note_shows_answers_parts_memory_and_the_networks_limit(capsys: pyte
     assert code == 0
     assert plan.tpot_s is not None
     for text in (
-        f"{plan.tpot_s.value * 1e3:.4g}  [{plan.tpot_s.low * 1e3:.4g}, {plan.tpot_s.high * 1e3:.4g}] ms",
-        f"{plan.tokens_per_s_per_device.value:.4g}  [",
+        f"{plan.tpot_s.value * 1e3:.3g}  [{plan.tpot_s.low * 1e3:.3g}, {plan.tpot_s.high * 1e3:.3g}] ms",
+        f"{plan.tokens_per_s_per_device.value:,.0f}  [",
         f"of at most {plan.max_sequences_per_device:g}",
         f"{plan.binds.capitalize()} binds",
         "assumed",
@@ -85,7 +85,8 @@ def test_settings_reach_the_serving_the_cluster_and_the_model(capsys: pytest.Cap
     plan = run_json(capsys, "deepseek-v3", "--cluster", "h800-2048", *words)["plan"]
     assert plan["serving"]["num_devices"] == 64
     assert plan["serving"]["mtp_acceptance"]["value"] == 0.85
-    plain = run_json(capsys, "deepseek-v3", "--cluster", "h800-2048", *words[:4], *words[6:])["plan"]
+    plain = run_json(capsys, "deepseek-v3", "--cluster", "h800-2048", *words[:4], *words[6:], "--no-overlap")["plan"]
+    plan = run_json(capsys, "deepseek-v3", "--cluster", "h800-2048", *words, "--no-overlap")["plan"]
     assert plan["stages_s"]["dispatch"] < plain["stages_s"]["dispatch"]
     assert plan["cache_bytes_per_sequence"] == 31 * 576 * 2 * 4096
     # An option wins over the same field in --set.
@@ -99,10 +100,14 @@ def test_settings_reach_the_serving_the_cluster_and_the_model(capsys: pytest.Cap
 
 def test_a_limit_takes_the_largest_batch_that_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["deepseek-v3", "--cluster", "h800-2048", "--devices", "144", "--tp", "1", "--redundant", "32"]
-    plan = run_json(capsys, *words, "--limit", "30ms")["plan"]
-    size = plan["serving"]["sequences_per_device"]
-    more = run_json(capsys, *words, "--sequences", str(size + 1))["plan"]
-    assert plan["tpot_s"]["value"] <= 0.03 < more["tpot_s"]["value"]
+    found = {}
+    for overlap in ("--overlap", "--no-overlap"):
+        plan = found[overlap] = run_json(capsys, *words, "--limit", "30ms", overlap)["plan"]
+        size = plan["serving"]["sequences_per_device"]
+        more = run_json(capsys, *words, "--sequences", str(size + 1), overlap)["plan"]
+        assert plan["tpot_s"]["value"] <= 0.03 < more["tpot_s"]["value"]
+    best = max(found.values(), key=lambda plan: plan["tokens_per_s_per_device"]["value"])
+    assert run_json(capsys, *words, "--limit", "30ms")["plan"] == best
     code, out, err = run(capsys, *words, "--limit", "100us")
     assert (code, out) == (2, "")
     assert "is not reached by any batch; the smallest takes" in err
@@ -110,7 +115,15 @@ def test_a_limit_takes_the_largest_batch_that_keeps_it(capsys: pytest.CaptureFix
 
 def test_a_sweep_shows_every_batch_and_marks_the_knee(capsys: pytest.CaptureFixture[str]) -> None:
     shown = run_json(capsys, "deepseek-v3", "--cluster", "h800-2048", "--sweep")
-    plans = sweep_batch(V3, H800, choose_serving(V3, H800, {}))
+    asked = choose_serving(V3, H800, {})
+    most = plan_serving(V3, H800, asked).max_sequences_per_device
+    assert most == 66.5
+    sizes = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, most]
+    pairs = zip(
+        *(sweep_batch(V3, H800, asked.model_copy(update={"overlap": way}), sizes) for way in (True, False)), strict=True
+    )
+    plans = [min(pair, key=lambda plan: plan.step_s.value) for pair in pairs]
+    assert {plan.serving.overlap for plan in plans} == {True, False}
     assert [ServingPlan.model_validate(row) for row in shown["plans"]] == plans
     assert shown["knee"] == knee(plans)
     code, out, _ = run(capsys, "deepseek-v3", "--cluster", "h800-2048", "--sweep")
@@ -232,6 +245,31 @@ def test_what_is_given_stays_and_the_batch_is_what_fits() -> None:
     assert tight.sequences_per_device == plan.max_sequences_per_device < 32
     assert choose_serving(QWEN, load_as(ClusterSpec, "dgx-a100-512"), {}).weight_format == "bf16"
     assert choose_serving(V3, H800, {"num_redundant_experts": 0}).num_devices == 256
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("model", "cluster", "fields"),
+    [
+        ("qwen2.5-72b", "h100-8", {}),
+        ("deepseek-v3", "h200-8", {}),
+        ("deepseek-v2", "h800-2048", {}),
+        ("deepseek-v3", "h800-2048", {"num_devices": 64, "tp": 1, "sequences_per_device": 64}),
+    ],
+)
+def test_micro_batches_overlap_where_that_is_faster(
+    model: str, cluster: str, fields: dict[str, Any], phase: str
+) -> None:
+    spec, machine = load_as(ModelSpec, model), load_as(ClusterSpec, cluster)
+    if phase == "prefill":
+        fields = {**fields, "sequences_per_device": 1}
+    chosen = choose_serving(spec, machine, {**fields, "phase": phase})
+    other = chosen.model_copy(update={"overlap": not chosen.overlap})
+    assert plan_serving(spec, machine, chosen).step_s.value <= plan_serving(spec, machine, other).step_s.value
+    if model == "qwen2.5-72b":
+        assert not chosen.overlap, "a dense model has nothing to hide"
+    for wish in (True, False):
+        assert choose_serving(spec, machine, {**fields, "phase": phase, "overlap": wish}).overlap is wish
 
 
 # -- the limit of the network ------------------------------------------------------------------------

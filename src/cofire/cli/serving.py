@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -75,15 +75,9 @@ def serving(
     fields = given(options)
     if sequences is not None:
         fields["sequences_per_device"] = sequences
-    from cofire.plan.serving import largest_batch, plan_serving, sweep_batch
-
-    model, machine, asked = _read(source, cluster, fields, overrides or ())
-    if sweep:
-        plans = sweep_batch(model, machine, asked)
-    elif limit_s is not None:
-        plans = [largest_batch(model, machine, asked, limit_s)]
-    else:
-        plans = [plan_serving(model, machine, asked)]
+    question = _read(source, cluster, fields, overrides or ())
+    plans = _plans(question, limit_s, sweep)
+    model, machine = question.model, question.cluster
     if as_json:
         print_json(_document(model, machine, plans, sweep))
         return
@@ -119,9 +113,31 @@ def knee(plans: list[ServingPlan]) -> int:
     return rates.index(max(rates))
 
 
-def _read(
-    source: str, cluster: str, fields: dict[str, Any], overrides: list[str] | tuple[str, ...]
-) -> tuple[ModelSpec, ClusterSpec, ServingSpec]:
+class _Question(NamedTuple):
+    """``free`` says whether micro-batches may overlap or not, whichever is faster."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    serving: ServingSpec
+    free: bool
+
+
+def _plans(question: _Question, limit_s: float | None, sweep: bool) -> list[ServingPlan]:
+    """Plan what is asked: a sweep of batches, the largest within a limit, or the one batch."""
+    from cofire.plan.serving import largest_batch, plan_serving
+    from cofire.plan.serving_choice import plan_faster, plan_within
+
+    model, cluster, serving, free = question
+    plan = plan_faster if free else plan_serving
+    if limit_s is not None:
+        return [(plan_within if free else largest_batch)(model, cluster, serving, limit_s)]
+    first = plan(model, cluster, serving)
+    if not sweep:
+        return [first]
+    return [plan(model, cluster, serving.model_copy(update={"sequences_per_device": size})) for size in _sizes(first)]
+
+
+def _read(source: str, cluster: str, fields: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> _Question:
     """Load what the command names, with each override where it belongs; an option wins over the same field set."""
     from cofire.errors import PlanError
     from cofire.plan.serving_choice import choose_serving
@@ -135,7 +151,19 @@ def _read(
             raise PlanError(f"--set {item} is of training; serving has serving.tp, serving.context_length and others")
     question = read_question(source, cluster, [item for item in overrides if not item.startswith(_PREFIX)])
     assert question.cluster is not None
-    return question.model, question.cluster, choose_serving(question.model, question.cluster, {**own, **fields})
+    given_fields = {**own, **fields}
+    serving = choose_serving(question.model, question.cluster, given_fields)
+    return _Question(question.model, question.cluster, serving, "overlap" not in given_fields)
+
+
+def _sizes(plan: ServingPlan) -> list[float]:
+    """Return batches from one sequence per group of ``tp`` devices, doubling, to the largest that fits."""
+    size, most = 1 / plan.serving.tp, plan.max_sequences_per_device
+    sizes = []
+    while size < most:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, most]
 
 
 def _token_time(plan: ServingPlan) -> Figure:
@@ -174,13 +202,14 @@ def _plan_note(model: ModelSpec, cluster: ClusterSpec, plan: ServingPlan) -> lis
     ]
 
 
-def _title(model: ModelSpec, cluster: ClusterSpec, spec: ServingSpec) -> str:
+def _title(model: ModelSpec, cluster: ClusterSpec, spec: ServingSpec, with_overlap: bool = True) -> str:
     words = [f"{spec.num_devices} x {cluster.device.name}", f"tp {spec.tp}", spec.weight_format]
     if spec.num_redundant_experts:
         words.append(f"{spec.num_redundant_experts} redundant experts")
     if spec.route_shared:
         words.append("shared experts routed")
-    words.append("two micro-batches overlap" if spec.overlap else "no overlap")
+    if with_overlap:
+        words.append("two micro-batches overlap" if spec.overlap else "no overlap")
     verb = "Prefilling" if spec.phase == "prefill" else "Decoding"
     return f"{verb} {model.name} on {cluster.name}: {', '.join(words)}; {spec.context_length:,} tokens of context"
 
@@ -204,12 +233,17 @@ def _verdict(plan: ServingPlan, bound: NetworkLimit | None) -> list[str]:
 def _time(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
-            return f"{seconds / factor:.4g} {unit}"
-    return f"{seconds / 1e-6:.4g} us"
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
 
 
-def _span(figure: Figure, factor: float = 1.0, text: str = ".4g") -> str:
-    return f"{figure.value * factor:{text}}  [{figure.low * factor:{text}}, {figure.high * factor:{text}}]"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _span(figure: Figure, factor: float = 1.0) -> str:
+    value, low, high = (_number(end * factor) for end in (figure.value, figure.low, figure.high))
+    return f"{value}  [{low}, {high}]"
 
 
 def _answers(plan: ServingPlan) -> Table:
@@ -230,7 +264,7 @@ def _answers(plan: ServingPlan) -> Table:
     if price is None:
         table.add_row("price", "-", "", "the cluster has no cluster.device_hour_usd")
     else:
-        table.add_row("price of 1e6 tokens", f"${_span(price, 1, '.3g')}", price.label, "rent of the devices")
+        table.add_row("price of 1e6 tokens", f"${_span(price)}", price.label, "rent of the devices")
     return table
 
 
@@ -283,9 +317,9 @@ def _sweep_note(model: ModelSpec, cluster: ClusterSpec, plans: list[ServingPlan]
 
     best = knee(plans)
     name = "TPOT" if plans[0].tpot_s is not None else "TTFT"
-    columns = ("sequences per device", name, "interval", "token/s per device", "$ per 1e6", "binds", "")
-    table = new_table(f"{name} against throughput, by batch", *columns)
-    table.columns[0].justify = "right"
+    columns = ("batch", name, "interval", "overlap", "token/s", "$ per 1e6", "binds", "")
+    table = new_table(f"{name} against throughput; sequences and token/s are per device", *columns)
+    table.columns[0].justify, table.columns[-1].no_wrap = "right", True
     most = max(plan.tokens_per_s_per_device.value for plan in plans)
     for index, plan in enumerate(plans):
         time, rate, price = _token_time(plan), plan.tokens_per_s_per_device, plan.usd_per_million_tokens
@@ -293,15 +327,17 @@ def _sweep_note(model: ModelSpec, cluster: ClusterSpec, plans: list[ServingPlan]
         table.add_row(
             f"{plan.serving.sequences_per_device:g}",
             _time(time.value),
-            f"{time.low * 1e3:.3g} - {time.high * 1e3:.3g} ms",
-            f"{rate.value:,.4g}",
+            f"{_time(time.low)} - {_time(time.high)}",
+            "yes" if plan.serving.overlap else "no",
+            _number(rate.value),
             "-" if price is None else f"{price.value:.3g}",
             plan.binds,
             bar + (" knee" if index == best else ""),
         )
     size = plans[best].serving.sequences_per_device
     verdict = (
-        f"The knee is at {size:g} sequences per device, where throughput over {name} is largest. "
-        f"All times are {_token_time(plans[best]).label}."
+        f"The knee is at a batch of {size:g} per device, where throughput over {name} is largest. "
+        f"All times are modelled; the weakest figure in them is {_token_time(plans[best]).label}."
     )
-    return [Text(_title(model, cluster, plans[0].serving), style="bold"), table, Text(verdict)]
+    title = Text(_title(model, cluster, plans[0].serving, with_overlap=False), style="bold")
+    return [title, table, Text(verdict)]

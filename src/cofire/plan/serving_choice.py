@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cofire.errors import PlanError
-from cofire.plan.serving import ServingPlan, ServingSpec, plan_serving
+from cofire.plan.serving import ServingPlan, ServingSpec, largest_batch, plan_serving
 from cofire.spec.figure import Figure
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.io import parse
@@ -37,7 +37,8 @@ def choose_serving(model: ModelSpec, cluster: ClusterSpec, given: dict[str, Any]
 
     Returns:
         A way of serving whose weights fit. Where no batch is given, it is 32 sequences per device (two prompts per
-        group of ``tp`` devices in prefill), or as many as fit.
+        group of ``tp`` devices in prefill), or as many as fit. Where nobody says whether micro-batches overlap, they
+        do if that makes a pass of this batch shorter: with little to hide, reading all weights twice costs more.
 
     Raises:
         SpecError: A field breaks a rule.
@@ -55,12 +56,48 @@ def choose_serving(model: ModelSpec, cluster: ClusterSpec, given: dict[str, Any]
     base = _as_published(model, cluster, asked, given)
     if base is None:
         base = {**own, **_smallest(model, cluster, own)}
-    if "sequences_per_device" in own:
-        return parse(ServingSpec, base, "serving")
-    tp = base.get("tp", asked.tp)
-    wish = _SEQUENCES if asked.phase == "decode" else 2 / tp
     room = _probe(model, cluster, base).max_sequences_per_device
-    return parse(ServingSpec, {**base, "sequences_per_device": min(wish, room)}, "serving")
+    if "sequences_per_device" not in own:
+        wish = _SEQUENCES if asked.phase == "decode" else 2 / base["tp"]
+        base["sequences_per_device"] = min(wish, room)
+    chosen = parse(ServingSpec, base, "serving")
+    if "overlap" in given or chosen.sequences_per_device > room:
+        return chosen
+    return plan_faster(model, cluster, chosen).serving
+
+
+def plan_faster(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec) -> ServingPlan:
+    """Plan a batch with overlap of micro-batches and without, and return the plan of the shorter pass.
+
+    Raises:
+        PlanError: See :func:`cofire.plan.serving.plan_serving`.
+    """
+    plans = [plan_serving(model, cluster, each) for each in _both(serving)]
+    return min(plans, key=lambda plan: plan.step_s.value)
+
+
+def plan_within(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec, limit_s: float) -> ServingPlan:
+    """Return the plan with most throughput within a time per token (to the first token), with overlap or without.
+
+    Raises:
+        PlanError: Not even one sequence per group of ``tp`` devices keeps the limit.
+    """
+    plans: list[ServingPlan] = []
+    refusal: PlanError | None = None
+    for each in _both(serving):
+        try:
+            plans.append(largest_batch(model, cluster, each, limit_s))
+        except PlanError as error:
+            # Without overlap the smallest batch is the faster one: its refusal is the one that counts.
+            refusal = refusal or error
+    if not plans:
+        assert refusal is not None
+        raise refusal
+    return max(plans, key=lambda plan: plan.tokens_per_s_per_device.value)
+
+
+def _both(serving: ServingSpec) -> list[ServingSpec]:
+    return [serving.model_copy(update={"overlap": overlap}) for overlap in (False, True)]
 
 
 def _as_published(
