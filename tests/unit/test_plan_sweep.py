@@ -292,11 +292,11 @@ def test_designs_that_share_a_search_have_equal_steps() -> None:
 
 
 @pytest.mark.parametrize(("model", "cluster"), [("tiny", "h100-8"), ("deepseek-v2-lite", "h100-8")])
-def test_the_search_in_three_passes_is_within_five_percent_of_the_whole_search(model: str, cluster: str) -> None:
+def test_the_search_in_three_passes_is_within_one_percent_of_the_whole_search(model: str, cluster: str) -> None:
     specs = load_as(ModelSpec, model), load_as(ClusterSpec, cluster)
     workload = WorkloadSpec(sequence_length=512)
     whole = rank_layouts(*specs, workload, SearchSpec(), limit=1).best[0]
-    assert best_step(*specs, workload).tokens_per_s > 0.95 * whole.tokens_per_s
+    assert best_step(*specs, workload).tokens_per_s > 0.99 * whole.tokens_per_s
 
 
 def test_decoding_takes_the_smallest_instance_that_holds_it() -> None:

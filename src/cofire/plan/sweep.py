@@ -85,7 +85,16 @@ _SECOND = SearchSpec(
     recompute=("none", "selective"),
     zero_stage=(1,),
 )
-_THIRD = SearchSpec(recompute=("none", "selective"), zero_stage=(1,))
+_SHARDED = SearchSpec(
+    pp_max=2,
+    tp=(1,),
+    ep=_FIRST.ep,
+    micro_batch_size=(2, 4),
+    schedule=("1f1b", "dualpipe"),
+    recompute=("selective",),
+    zero_stage=(3,),
+)
+_THIRD = SearchSpec(recompute=("none", "selective"))
 _TIGHT = SearchSpec(micro_batch_size=(1,), schedule=("1f1b", "dualpipe"), recompute=("full",), zero_stage=(1, 3))
 
 
@@ -350,9 +359,9 @@ def best_step(
 ) -> StepEstimate:
     """Return the step of the best layout that a search in three passes finds.
 
-    The first pass varies the degrees, with selective recomputation; the second schedule and recomputation at the best
-    degrees; the third micro-batch, recomputation and format at the best of these. Where nothing fits, layers are
-    recomputed whole and weights sharded.
+    The first pass varies the degrees, with selective recomputation, and looks at sharded weights on few stages; the
+    second varies schedule and recomputation at the best degrees; the third micro-batch, recomputation, sharding and
+    format at the best of both. Where nothing fits, layers are recomputed whole and weights sharded.
 
     Raises:
         PlanError: Nothing fits, or no layout can run.
@@ -369,12 +378,17 @@ def best_step(
     except PlanError:
         return search(_TIGHT)[0]
     second = _SECOND.model_copy(update={"precision": formats})
+    second = _SECOND.model_copy(update={"precision": formats})
     best = [found[0]]
     for pp, tp, ep in list(dict.fromkeys((s.layout.pp, s.layout.tp, s.layout.ep) for s in found))[:_DEGREES]:
         best += search(second, pp=pp, tp=tp, ep=ep)
-    layout = max(best, key=lambda step: step.tokens_per_s).layout
-    kept = {name: getattr(layout, name) for name in ("pp", "tp", "ep", "schedule", "stages_per_rank")}
-    return max([*best, *search(_THIRD, **kept)], key=lambda step: step.tokens_per_s)
+    finalists = [max(best, key=lambda step: step.tokens_per_s)]
+    with contextlib.suppress(PlanError):  # sharded weights need not fit, nor be what is fixed
+        finalists += search(_SHARDED.model_copy(update={"precision": formats}))
+    for layout in [step.layout for step in finalists]:
+        kept = {name: getattr(layout, name) for name in ("pp", "tp", "ep", "schedule", "stages_per_rank")}
+        finalists += search(_THIRD, **kept)
+    return max(finalists, key=lambda step: step.tokens_per_s)
 
 
 def decode(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec) -> ServingPlan:
