@@ -262,7 +262,7 @@ def test_micro_batches_overlap_where_that_is_faster(
 ) -> None:
     spec, machine = load_as(ModelSpec, model), load_as(ClusterSpec, cluster)
     if phase == "prefill":
-        fields = {**fields, "sequences_per_device": 1}
+        fields = {**fields, "sequences_per_device": 2}
     chosen = choose_serving(spec, machine, {**fields, "phase": phase})
     other = chosen.model_copy(update={"overlap": not chosen.overlap})
     assert plan_serving(spec, machine, chosen).step_s.value <= plan_serving(spec, machine, other).step_s.value
@@ -270,6 +270,15 @@ def test_micro_batches_overlap_where_that_is_faster(
         assert not chosen.overlap, "a dense model has nothing to hide"
     for wish in (True, False):
         assert choose_serving(spec, machine, {**fields, "phase": phase, "overlap": wish}).overlap is wish
+
+
+def test_one_sequence_per_group_is_not_split_into_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = run_json(capsys, "deepseek-v3", "--cluster", "h800-2048", "--phase", "prefill", "--sweep")["plans"]
+    overlaps = [(plan["serving"]["sequences_per_device"], plan["serving"]["overlap"]) for plan in plans]
+    assert overlaps[:3] == [(0.25, False), (0.5, True), (1, True)]
+    tight = plans[0]["ttft_s"]["value"] * 1.01
+    words = ["deepseek-v3", "--cluster", "h800-2048", "--phase", "prefill", "--limit", f"{tight}s"]
+    assert not run_json(capsys, *words)["plan"]["serving"]["overlap"]
 
 
 # -- the limit of the network ------------------------------------------------------------------------

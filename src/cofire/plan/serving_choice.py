@@ -69,10 +69,12 @@ def choose_serving(model: ModelSpec, cluster: ClusterSpec, given: dict[str, Any]
 def plan_faster(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec) -> ServingPlan:
     """Plan a batch with overlap of micro-batches and without, and return the plan of the shorter pass.
 
+    One sequence per group of ``tp`` devices is not split into two micro-batches.
+
     Raises:
         PlanError: See :func:`cofire.plan.serving.plan_serving`.
     """
-    plans = [plan_serving(model, cluster, each) for each in _both(serving)]
+    plans = [plan_serving(model, cluster, each) for each in _both(serving) if not each.overlap or _splits(each)]
     return min(plans, key=lambda plan: plan.step_s.value)
 
 
@@ -86,7 +88,9 @@ def plan_within(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec, li
     refusal: PlanError | None = None
     for each in _both(serving):
         try:
-            plans.append(largest_batch(model, cluster, each, limit_s))
+            found = largest_batch(model, cluster, each, limit_s)
+            if not each.overlap or _splits(found.serving):
+                plans.append(found)
         except PlanError as error:
             # Without overlap the smallest batch is the faster one: its refusal is the one that counts.
             refusal = refusal or error
@@ -98,6 +102,11 @@ def plan_within(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec, li
 
 def _both(serving: ServingSpec) -> list[ServingSpec]:
     return [serving.model_copy(update={"overlap": overlap}) for overlap in (False, True)]
+
+
+def _splits(serving: ServingSpec) -> bool:
+    """Whether a group's batch makes two micro-batches."""
+    return serving.sequences_per_device * serving.tp > 2 - 1e-9
 
 
 def _as_published(
