@@ -139,7 +139,7 @@ def test_a_search_in_which_nothing_fits_says_what_comes_closest() -> None:
     assert "\n" not in text
     assert "none of " in text
     assert "85.5 GB on a device; try cluster.num_nodes = " in text
-    nodes = int(text.partition("cluster.num_nodes = ")[2].partition(" ")[0])
+    nodes = int(text.partition("cluster.num_nodes = ")[2].split()[0].rstrip(","))
     assert 2 <= nodes < 64
 
 
