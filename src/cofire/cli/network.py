@@ -199,7 +199,7 @@ def simulate(
             override(rest, item)
     question = rest["traffic"]
     if "model" in question:
-        question["experts"] = {**_expert_load(str(question.pop("model"))), **question.get("experts", {})}
+        question["experts"] = {**_expert_load(question.pop("model")), **question.get("experts", {})}
     planes, fail_at_s = _failures(fail_plane or [])
     question |= {"pattern": pattern, "algorithm": algorithm, "failed_planes": planes, "fail_at_s": fail_at_s}
     question["size_bytes"] = _quantity(size, _BYTES, "size", "64MB or 186MiB")
@@ -322,17 +322,19 @@ def _failures(words: list[str]) -> tuple[list[int], float]:
     return planes, max(times, default=0.0)
 
 
-def _expert_load(source: str) -> dict[str, Any]:
-    """Return what a model's layers of experts dispatch.
+def _expert_load(table: Any) -> dict[str, Any]:
+    """Return what the layers of experts of a model dispatch, given as ``--set`` read it.
 
     Raises:
-        PlanError: The model has no experts.
-        SpecError: It cannot be read.
+        PlanError: It is no model, or one without experts.
+        SpecError: It breaks a rule.
     """
     from cofire.errors import PlanError
-    from cofire.spec import ModelSpec, load_as
+    from cofire.spec import ModelSpec, parse
 
-    model = load_as(ModelSpec, source)
+    if not isinstance(table, dict) or table.get("kind", "model") != "model":
+        raise PlanError("--set traffic.model names no model; take a preset or a file, such as deepseek-v3")
+    model = parse(ModelSpec, table, "traffic.model")
     if model.moe is None:
         raise PlanError(f"{model.name} has no experts to dispatch to; take a model with some, such as deepseek-v3")
     fields = ("num_routed_experts", "num_experts_per_token", "num_expert_groups", "num_limited_groups")
