@@ -118,7 +118,9 @@ def _read(source: str, cluster: str, overrides: list[str] | tuple[str, ...]) -> 
     question = read_question(source, cluster, [item for item in overrides if not item.startswith(_PREFIX)])
     for name in table:
         if name in question.parallel:
-            raise PlanError(f"search.{name} and parallel.{name} exclude each other: one varies it, one fixes it")
+            raise PlanError(
+                f"search.{name} and parallel.{name} exclude each other: one varies it, one fixes it; leave one out"
+            )
         if name not in AXES:
             continue
         values = getattr(search, name)
