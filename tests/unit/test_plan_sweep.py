@@ -34,7 +34,7 @@ from cofire.plan.parameters import count_parameters
 from cofire.plan.pareto import knee, num_beaten, pareto_front, scaled, spread
 from cofire.plan.serving import plan_serving
 from cofire.plan.step import StepModel
-from cofire.plan.sweep import SweepResult, best_step, decode, judge, prepare, run_sweep, timing_key
+from cofire.plan.sweep import SweepResult, best_step, decode, judge, most_throughput, prepare, run_sweep, timing_key
 from cofire.plan.sweep_effects import axis_effects
 from cofire.plan.sweep_report import reasons, remarks, sweep_page, trade
 from cofire.spec import ClusterSpec, ModelSpec, ParallelSpec, WorkloadSpec, load_as
@@ -518,6 +518,24 @@ def test_decoding_takes_the_fastest_tensor_parallel_degree_that_fits() -> None:
     asked = SweepSpec(model="deepseek-v3", cluster="h800-2048").serving
     steps = [plan_serving(model, cluster, asked.model_copy(update={"tp": tp})).step_s.value for tp in (1, 2, 4)]
     assert decode(model, cluster, asked).step_s.value == min(steps)
+
+
+def test_throughput_is_the_best_of_any_batch_and_degree_under_the_limit() -> None:
+    model, cluster = load_as(ModelSpec, "deepseek-v3"), load_as(ClusterSpec, "h800-2048")
+    asked = SweepSpec(model="deepseek-v3", cluster="h800-2048").serving
+    best = most_throughput(model, cluster, asked, 1, 0.05)
+    assert best is not None
+    seen = []
+    for tp, size in itertools.product((1, 2, 4, 8), range(1, 260)):
+        try:
+            plan = plan_serving(
+                model, cluster, asked.model_copy(update={"tp": tp, "sequences_per_device": float(size)})
+            )
+        except PlanError:
+            continue
+        if plan.tpot_s is not None and plan.tpot_s.value <= 0.05:
+            seen.append(plan.tokens_per_s_per_device.value)
+    assert best.tokens_per_s_per_device.value >= max(seen)
 
 
 def test_the_page_shows_every_design_the_axes_the_refusals_and_the_remarks(result: SweepResult) -> None:

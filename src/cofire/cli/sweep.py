@@ -166,7 +166,7 @@ def _print_result(out: Console, result: SweepResult) -> None:
     out.print(_front_table(result))
     parts = {_bound(result, place) for place in result.shown}
     bound = f"; training is bound by {parts.pop()} in all" if len(parts) == 1 else ""
-    note = f"tok/s: decoded per device at the largest batch; net $: switches and links per device{bound}"
+    note = f"tok/s: decoded per device at the best batch; net $: switches and links per device{bound}"
     out.print(note, soft_wrap=True)
     out.print(f"{knee.name} ({describe_change(knee)}) is {trade(result, knee)}.", soft_wrap=True, markup=False)
     ends = _extremes(result)

@@ -113,7 +113,7 @@ class SweepSpec(Spec):
     objectives: tuple[Objective, ...] = ()
     workload: WorkloadSpec | None = Field(default=None, description="none: the default one of each model")
     serving: ServingSpec = ServingSpec(num_devices=64, tp=1)
-    tpot_limit_s: PositiveFloat = Field(default=0.05, description="of the largest decoding batch")
+    tpot_limit_s: PositiveFloat = Field(default=0.05, description="of the batch with most throughput")
     network_years: PositiveFloat = Field(default=4.0, description="over which a network is paid")
     budget: Positive | None = None
     max_points: Positive | None = Field(default=None, description="a sample of the grid, drawn with seed")

@@ -2,7 +2,7 @@
 
 Each design is a model on a cluster. Training: the layout that a search in three passes finds (``best_step``). Decoding:
 ``serving`` as the sweep gives it, on as many more devices (doubling) and tensor-parallel ones as it takes to fit; its
-TPOT, and the throughput of the largest batch under ``tpot_limit_s``. Price: device hours times the rent, which a
+TPOT, and the most throughput of any batch under ``tpot_limit_s``. Price: device hours times the rent, which a
 dearer or cheaper network than the rented one changes by its share. Designs that cannot be built, trained, served or
 priced are counted with the reason.
 
@@ -104,7 +104,7 @@ class DesignFigures(Spec):
     ``rent_usd_per_device_hour`` includes what its network differs in price from the rented one.
     ``activated_parameters`` count input embedding and head. ``network_usd_per_device`` is the capital of switches and
     links; none: no network. Figures of decoding are those of an instance of ``decode_devices``; throughput and price
-    are those of the largest batch under the limit, none where no batch keeps it.
+    are those of the best batch under the limit, none where no batch keeps it.
     """
 
     total_parameters: float
@@ -125,6 +125,7 @@ class DesignFigures(Spec):
     decode_binds: str
     decode_devices: int
     decode_tp: int
+    decode_batch_tp: int | None
     decode_sequences_per_device: float | None
     decode_tokens_per_s_per_device: float | None
     decode_usd_per_million_tokens: float | None
@@ -425,6 +426,22 @@ def decode(model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec) -> Serv
     raise refusal
 
 
+def most_throughput(
+    model: ModelSpec, cluster: ClusterSpec, serving: ServingSpec, least_tp: int, limit_s: float
+) -> ServingPlan | None:
+    """Return the decoding with most tokens per second under a limit on TPOT, on devices as given; none keeps it: none.
+
+    Of ``tp`` from ``least_tp`` up the best is taken: a split that shortens a step may leave less room for caches.
+    """
+    found: list[ServingPlan] = []
+    tp = least_tp
+    while tp <= min(cluster.scale_up_size, serving.num_devices):
+        with contextlib.suppress(PlanError):  # this degree does not fit, or is too slow with any batch
+            found.append(largest_batch(model, cluster, serving.model_copy(update={"tp": tp}), limit_s))
+        tp *= 2
+    return max(found, key=lambda plan: plan.tokens_per_s_per_device.value, default=None)
+
+
 def _refused(found: Candidate, refusal: Refusal, reason: str) -> Design:
     return Design(index=found.index, changed=found.changed, refusal=refusal, reason=reason)
 
@@ -459,10 +476,7 @@ def _figures(
     assert served.tpot_s is not None  # of decoding
     count, rent = count_parameters(specs.model), rent_usd_per_hour(spec, specs)
     hours = step.device_hours_per_trillion_tokens
-    try:
-        largest = largest_batch(specs.model, specs.cluster, served.serving, spec.tpot_limit_s)
-    except PlanError:
-        largest = None
+    largest = most_throughput(specs.model, specs.cluster, served.serving, spec.serving.tp, spec.tpot_limit_s)
     throughput = None if largest is None else largest.tokens_per_s_per_device.value
     return DesignFigures(
         total_parameters=count.total,
@@ -483,6 +497,7 @@ def _figures(
         decode_binds=served.binds,
         decode_devices=served.serving.num_devices,
         decode_tp=served.serving.tp,
+        decode_batch_tp=None if largest is None else largest.serving.tp,
         decode_sequences_per_device=None if largest is None else largest.serving.sequences_per_device,
         decode_tokens_per_s_per_device=throughput,
         decode_usd_per_million_tokens=None if rent is None or not throughput else rent / 3600 / throughput * 1e6,

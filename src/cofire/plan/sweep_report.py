@@ -134,8 +134,8 @@ def remarks(result: SweepResult) -> list[str]:
         "Parameters are not quality: nothing here predicts a loss. Sizes are directions that the objectives choose.",
         "Every figure is modelled; prices of training use the layout that a search in three passes found.",
         f"TPOT is that of {spec.serving.sequences_per_device:g} sequences of {spec.serving.context_length} tokens on "
-        f"each of {spec.serving.num_devices} devices, or of more where these do not hold them; throughput is that of "
-        f"the largest batch under {spec.tpot_limit_s * 1e3:g} ms.",
+        f"each of {spec.serving.num_devices} devices, or of more where these do not hold them; throughput is the most "
+        f"of any batch under {spec.tpot_limit_s * 1e3:g} ms.",
     ]
     if any(path.startswith("cluster.network") for axis in spec.axes for path in axis.paths):
         said.append(
