@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer import Context
+from typer.main import get_command
 
-from cofire.cli.main import main
+from cofire.cli.main import build_app, main
+from cofire.network.flowsim import simulate_flows
 from cofire.network.scenario import PATTERN_ALGORITHMS, Traffic, TrafficRun, simulate_traffic
 from cofire.network.survey import NetworkSurvey, RoutingSurvey, TopologyComparison
 from cofire.spec import ClusterSpec, load_as
@@ -202,6 +205,14 @@ def test_experts_of_another_model_are_dispatched_and_combined(capsys: pytest.Cap
     assert seconds(small) < seconds(dispatch)
 
 
+def test_keeping_rates_for_a_while_makes_times_late_by_less_than_a_percent_and_never_early():
+    question = Traffic.model_validate({"pattern": "experts", "experts": {"tokens_per_device": 128}})
+    kept = simulate_traffic(load_as(ClusterSpec, "h800-2048"), question, 4)
+    exact = simulate_flows(kept.network, kept.pattern.routes, kept.pattern.flows)
+    assert 1 - 1e-9 <= seconds(kept.run) / (exact.makespan_s) < 1.01
+    assert kept.run.num_events < exact.num_events
+
+
 @pytest.mark.parametrize("pattern", PATTERN_ALGORITHMS)
 @pytest.mark.parametrize("name", ["h800-2048", "h200-1024-roce", "fire-flyer-2"])
 def test_nothing_is_faster_than_the_links_at_devices_allow(name: str, pattern: str):
@@ -303,3 +314,18 @@ def test_a_trace_must_be_json(capsys: pytest.CaptureFixture[str]):
     code, _, err = run(capsys, "simulate", "h800-2048", "--trace", "x.txt")
     assert code == 2
     assert "must end in .json" in err
+
+
+def test_shells_are_offered_presets_patterns_routings_and_prices():
+    group = get_command(build_app()).commands["network"]
+    context = Context(group)
+
+    def offered(command: str, parameter: str, typed: str) -> list[str]:
+        known = {param.name: param for param in group.commands[command].params}
+        return [item.value for item in known[parameter].shell_complete(context, typed)]
+
+    assert offered("show", "cluster", "h800") == ["h800-2048"]
+    assert offered("simulate", "pattern", "all_") == ["all_to_all", "all_reduce", "all_gather"]
+    assert offered("simulate", "algorithm", "d") == ["direct", "double_tree", "dispatch"]
+    assert offered("route", "routing", "") == ["ecmp", "static", "adaptive"]
+    assert offered("compare", "prices", "fire") == ["fire-flyer"]
