@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -62,45 +62,69 @@ def layouts(
         from cofire.errors import PlanError
 
         raise PlanError(f"{machine.name} has no price to rank by; set cluster.device_hour_usd=2.0")
-    from cofire.plan.layouts import rank_layouts, with_batch
-
-    workload = with_batch(question.workload, machine)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(workers or cores, 4 * cores)
-    start = time.monotonic()
-    with _progress(question, search) as advance:
-        ranking = rank_layouts(
-            question.model, machine, workload, search, question.parallel, top, processes, progress=advance
-        )
-    took_s = time.monotonic() - start
-    near, rows = _explanation(question, machine, workload, ranking)
-    timing = {"took_s": took_s, "layouts_per_s": ranking.num_considered / took_s, "workers": processes}
+    found = _search(question, search, top, workers or cores)
     if out is not None or as_json:
-        document = {
-            "model": question.model.name,
-            "cluster": machine.name,
-            "workload": workload.model_dump(mode="json"),
-            "search": search.model_dump(mode="json"),
-            "fixed": question.parallel,
-            "objective": objective,
-            "timing": timing,
-            "ranking": ranking.model_dump(mode="json"),
-            "neighbours": [row.model_dump(mode="json") for row in near],
-            "formulas": [row.model_dump(mode="json") for row in rows],
-        }
+        document = _document(question, search, objective, found)
         if out is not None:
             _write(out, document)
         if as_json:
             print_json(document)
             return
     shown = console()
-    for part in _note(question, machine, ranking, near, rows if explain else []):
+    for part in _note(question, machine, found, explain):
         shown.print(part)
         shown.print()
-    shown.print(
-        f"{ranking.num_considered:,} layouts in {took_s:.1f} s: {timing['layouts_per_s']:,.0f} per second with "
-        f"{processes} process(es)."
-    )
+    number, took_s = found.ranking.num_considered, found.took_s
+    rate = f"{number / took_s:,.0f} per second with {found.workers} process(es)"
+    shown.print(f"{number:,} layouts in {took_s:.1f} s: {rate}.")
+
+
+class _Found(NamedTuple):
+    """A ranking, what explains its first layout, and how long the search took."""
+
+    ranking: LayoutRanking
+    neighbours: list[Neighbour]
+    formulas: list[Formula]
+    workload: WorkloadSpec
+    took_s: float
+    workers: int
+
+
+def _search(question: Question, search: SearchSpec, top: int, workers: int) -> _Found:
+    from cofire.plan.formulas import formulas
+    from cofire.plan.layouts import neighbours, rank_layouts, with_batch
+    from cofire.plan.step import StepModel
+
+    model, cluster = question.model, question.cluster
+    assert cluster is not None
+    workload = with_batch(question.workload, cluster)
+    start = time.monotonic()
+    with _progress(question, search) as advance:
+        ranking = rank_layouts(model, cluster, workload, search, question.parallel, top, workers, progress=advance)
+    took_s = time.monotonic() - start
+    steps, first = StepModel(model, cluster, workload), ranking.best[0]
+    return _Found(ranking, neighbours(steps, first), formulas(steps, first), workload, took_s, workers)
+
+
+def _document(question: Question, search: SearchSpec, objective: str, found: _Found) -> dict[str, Any]:
+    assert question.cluster is not None
+    return {
+        "model": question.model.name,
+        "cluster": question.cluster.name,
+        "workload": found.workload.model_dump(mode="json"),
+        "search": search.model_dump(mode="json"),
+        "fixed": question.parallel,
+        "objective": objective,
+        "timing": {
+            "took_s": found.took_s,
+            "layouts_per_s": found.ranking.num_considered / found.took_s,
+            "workers": found.workers,
+        },
+        "ranking": found.ranking.model_dump(mode="json"),
+        "neighbours": [row.model_dump(mode="json") for row in found.neighbours],
+        "formulas": [row.model_dump(mode="json") for row in found.formulas],
+    }
 
 
 def _read(source: str, cluster: str, overrides: list[str] | tuple[str, ...]) -> tuple[Question, SearchSpec]:
@@ -150,17 +174,6 @@ def _progress(question: Question, search: SearchSpec) -> Iterator[Callable[[int]
         yield lambda done: bar.advance(task, done)
 
 
-def _explanation(
-    question: Question, cluster: ClusterSpec, workload: WorkloadSpec, ranking: LayoutRanking
-) -> tuple[list[Neighbour], list[Formula]]:
-    from cofire.plan.formulas import formulas
-    from cofire.plan.layouts import neighbours
-    from cofire.plan.step import StepModel
-
-    steps = StepModel(question.model, cluster, workload)
-    return neighbours(steps, ranking.best[0]), formulas(steps, ranking.best[0])
-
-
 def _write(path: Path, document: dict[str, Any]) -> None:
     import json
 
@@ -172,23 +185,22 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 # -- the note --------------------------------------------------------------------------------------
 
 
-def _note(
-    question: Question, cluster: ClusterSpec, ranking: LayoutRanking, near: list[Neighbour], rows: list[Formula]
-) -> list[RenderableType]:
+def _note(question: Question, cluster: ClusterSpec, found: _Found, explain: bool) -> list[RenderableType]:
     from rich.text import Text
 
+    ranking = found.ranking
     title = f"Layouts of {question.model.name} on {cluster.name}: {cluster.num_devices:,} x {cluster.device.name}"
     parts: list[RenderableType] = [
         Text(title, style="bold"),
-        Text("\n".join(_verdict(ranking, near, cluster))),
+        Text("\n".join(_verdict(ranking, found.neighbours, cluster))),
         _best(ranking),
         _parts(ranking),
-        _neighbours(near),
+        _neighbours(found.neighbours),
     ]
     if ranking.refused:
         parts.append(_refused(ranking))
-    if rows:
-        parts.append(_formulas(rows))
+    if explain:
+        parts.append(_formulas(found.formulas))
     return parts
 
 
