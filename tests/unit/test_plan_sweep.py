@@ -361,6 +361,14 @@ def test_a_file_of_another_sweep_is_left_alone(tmp_path: Path) -> None:
     assert notes.read_text() == "my notes"
 
 
+def test_a_record_that_was_edited_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    run_sweep(tiny(max_points=2), path=str(path))
+    path.write_text(path.read_text().replace('"tpot_s"', '"tpto_s"'))
+    with pytest.raises(SpecError, match=r"sweep\.jsonl: unknown key 'figures\.tpto_s'"):
+        run_sweep(tiny(max_points=2), path=str(path))
+
+
 def test_an_edited_model_file_begins_another_sweep(tmp_path: Path) -> None:
     model, path = tmp_path / "mine.toml", tmp_path / "sweep.jsonl"
     for layers, fits in ((3, True), (2, False)):

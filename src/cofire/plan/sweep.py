@@ -54,6 +54,7 @@ from cofire.plan.sweep_file import SweepFile
 from cofire.plan.uncertainty import interval
 from cofire.spec.figure import Label
 from cofire.spec.hardware import ClusterSpec
+from cofire.spec.io import parse
 from cofire.spec.model import ModelSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.spec_type import Spec
@@ -240,7 +241,7 @@ def run_sweep(
         designs = _estimate_missing(spec, indices, {}, workers, None, progress)
     else:
         with SweepFile(path, fingerprint(spec)) as file:
-            known = {design.index: design for design in map(Design.model_validate, file.records)}
+            known = {one.index: one for one in (parse(Design, record, path) for record in file.records)}
             designs = _estimate_missing(spec, indices, known, workers, file, progress)
     return judge(spec, [designs[index] for index in indices], workers)
 
