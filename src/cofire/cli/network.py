@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from cofire.network.cost import PriceList
-    from cofire.network.scenario import Simulation
+    from cofire.network.scenario import Simulation, Traffic
     from cofire.spec import ClusterSpec, Spec
 
 # An asynchronous event each; a viewer still opens a file of this size.
@@ -188,22 +188,12 @@ def simulate(
     experts.tokens_per_device, experts.num_routed_experts ..., and seed. All others change the cluster.
     """
     from cofire.network.report import traffic_note
-    from cofire.network.scenario import Traffic, simulate_traffic
-    from cofire.spec import parse
-    from cofire.spec.io import override
+    from cofire.network.scenario import simulate_traffic
 
     check_suffix(trace, ".json", "--trace")
-    rest: dict[str, Any] = {"traffic": {}}
-    for item in overrides or ():
-        if item.startswith("traffic."):
-            override(rest, item)
-    question = rest["traffic"]
-    if "model" in question:
-        question["experts"] = {**_expert_load(question.pop("model")), **question.get("experts", {})}
     planes, fail_at_s = _failures(fail_plane or [])
-    question |= {"pattern": pattern, "algorithm": algorithm, "failed_planes": planes, "fail_at_s": fail_at_s}
-    question["size_bytes"] = _quantity(size, _BYTES, "size", "64MB or 186MiB")
-    traffic = parse(Traffic, question, "traffic")
+    named = {"pattern": pattern, "algorithm": algorithm, "failed_planes": planes, "fail_at_s": fail_at_s}
+    traffic = _traffic(named, size, overrides or [])
     machine = _load(cluster, [item for item in overrides or () if not item.startswith("traffic.")], routing)
     with _progress() as say:
         done = simulate_traffic(machine, traffic, nodes, None if trace is None else _TRACE_FLOWS_MAX, say)
@@ -300,6 +290,29 @@ def _quantity(text: str, units: dict[str, float], name: str, example: str) -> fl
             f"--{name} {text!r} is not a number with one of {', '.join(filter(None, units))}; write {example}"
         )
     return value
+
+
+def _traffic(named: dict[str, Any], size: str, overrides: list[str]) -> Traffic:
+    """Join what options name and what paths under ``traffic.`` set.
+
+    Raises:
+        PlanError: The size is none, or the model has no experts.
+        SpecError: A path or a value breaks a rule.
+    """
+    from cofire.network.scenario import Traffic
+    from cofire.spec import parse
+    from cofire.spec.io import override
+
+    table: dict[str, Any] = {"traffic": {}}
+    for item in overrides:
+        if item.startswith("traffic."):
+            override(table, item)
+    question = table["traffic"]
+    if "model" in question:
+        question["experts"] = {**_expert_load(question.pop("model")), **question.get("experts", {})}
+    question |= named
+    question["size_bytes"] = _quantity(size, _BYTES, "size", "64MB or 186MiB")
+    return parse(Traffic, question, "traffic")
 
 
 def _failures(words: list[str]) -> tuple[list[int], float]:
