@@ -289,6 +289,9 @@ def test_the_note_of_a_simulation_says_how_it_knows(capsys: pytest.CaptureFixtur
             ["simulate", "h800-2048", "--fail-plane", "9", "--nodes", "2"],
             "failed plane 9 does not exist; take one of 0",
         ),
+        (["simulate", "h800-2048", "--pattern", "experts", "--size", "1MB"], "set traffic.experts.tokens_per_device"),
+        (["simulate", "h800-2048", "--set", "traffic.experts=3"], "experts = 3 must be"),
+        (["simulate", "h800-2048", "--set", "traffic.experts=3", "--set", "traffic.model=tiny"], "'model'"),
         (["simulate", "h800-2048", "--fail-plane", "x"], "is not a plane's number"),
         (["simulate", "h800-2048", "--fail-plane", "1", "--fail-plane", "2@1ms"], "names 2 times"),
         (

@@ -159,8 +159,11 @@ def simulate(
         ),
     ] = "all_to_all",
     size: Annotated[
-        str, typer.Option(metavar="BYTES", help="Whole data of a rank: 1000000, 64MB, 186MiB; experts have tokens.")
-    ] = "1GB",
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="Whole data of a rank: 1000000, 64MB, 186MiB; none: 1GB. Experts have none."
+        ),
+    ] = None,
     nodes: NodesOption = None,
     algorithm: Annotated[
         str,
@@ -292,26 +295,29 @@ def _quantity(text: str, units: dict[str, float], name: str, example: str) -> fl
     return value
 
 
-def _traffic(named: dict[str, Any], size: str, overrides: list[str]) -> Traffic:
+def _traffic(named: dict[str, Any], size: str | None, overrides: list[str]) -> Traffic:
     """Join what options name and what paths under ``traffic.`` set.
 
     Raises:
-        PlanError: The size is none, or the model has no experts.
+        PlanError: The size is no number or experts have one, or the model has no experts.
         SpecError: A path or a value breaks a rule.
     """
+    from cofire.errors import PlanError
     from cofire.network.scenario import Traffic
     from cofire.spec import parse
     from cofire.spec.io import override
 
+    if named["pattern"] == "experts" and size is not None:
+        raise PlanError(f"--size {size} counts no experts; set traffic.experts.tokens_per_device instead")
     table: dict[str, Any] = {"traffic": {}}
     for item in overrides:
         if item.startswith("traffic."):
             override(table, item)
     question = table["traffic"]
-    if "model" in question:
+    if "model" in question and isinstance(question.get("experts", {}), dict):
         question["experts"] = {**_expert_load(question.pop("model")), **question.get("experts", {})}
     question |= named
-    question["size_bytes"] = _quantity(size, _BYTES, "size", "64MB or 186MiB")
+    question["size_bytes"] = _quantity(size or "1GB", _BYTES, "size", "64MB or 186MiB")
     return parse(Traffic, question, "traffic")
 
 
