@@ -47,44 +47,7 @@ _HOMES = {
     "zoned_double_tree": "cofire.network.double_tree",
 }
 
-__all__ = [
-    "Counts",
-    "Dragonfly",
-    "FatTree",
-    "FlowResult",
-    "Flows",
-    "FullyConnected",
-    "Group",
-    "HostReduceBounds",
-    "Network",
-    "NetworkCost",
-    "NetworkFacts",
-    "Pattern",
-    "PriceList",
-    "Routes",
-    "SlimFly",
-    "Torus",
-    "TwoZone",
-    "Wire",
-    "all_to_all",
-    "analyse",
-    "analyse_cluster",
-    "build",
-    "build_network",
-    "cluster_host_reduce_bounds",
-    "cluster_network_cost",
-    "cluster_shape",
-    "collective_time_s",
-    "device_routes",
-    "double_tree",
-    "expert_pattern",
-    "link_loads",
-    "network_cost",
-    "price_list",
-    "route",
-    "simulate_flows",
-    "zoned_double_tree",
-]
+__all__ = [*sorted(_HOMES, key=lambda name: (not name[0].isupper(), name))]
 
 
 def __getattr__(name: str) -> Any:

@@ -110,7 +110,7 @@ class _Maker:
             read * rows * (inner + outer) + _SUM_BYTES * elements,
         )
         flops = 2 * rows * inner * outer
-        kernels = [Kernel(name, "matrix", (flops,) * 3, size, number_format, selective, experts > 0)]
+        kernels = [Kernel(name, "matrix", (flops, flops, flops), size, number_format, selective, experts > 0)]
         if fp8:
             back = rows * (_CAST_GRADIENT * outer + _CAST_TURN * inner)
             kernels.append(self.moved(f"cast for {name}", _CAST_FORWARD * rows * inner, back, experts=experts > 0))

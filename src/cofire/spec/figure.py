@@ -57,4 +57,7 @@ class Figure(Spec):
 
 def weakest(labels: set[Label]) -> Label:
     """Return the label of a result that is made of figures with these labels; of none: ``measured``."""
-    return next((label for label in reversed(LABELS) if label in labels), "measured")
+    for label in reversed(LABELS):
+        if label in labels:
+            return label
+    return "measured"

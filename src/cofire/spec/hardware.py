@@ -38,8 +38,8 @@ def _fraction(value: float, low: float, high: float) -> Figure:
 class MatrixRate(Spec):
     """Measured rate of ``batch`` products of [m, k] with [k, n], in FLOP/s.
 
-    ``form`` is the product of a linear layer: ``forward`` reads both operands along k, ``input_gradient`` the second one
-    across, ``weight_gradient`` both across.
+    ``form`` is the product of a linear layer: ``forward`` reads both operands along k, ``input_gradient`` the second
+    one across, ``weight_gradient`` both across.
     """
 
     format: Format
@@ -106,7 +106,7 @@ class ScaleUpSpec(Spec):
     name: str = "NVLink"
     bandwidth_bytes_per_s: PositiveFloat
     efficiency: Figure = _fraction(0.8, 0.7, 0.9)
-    latency_s: Figure = Figure(value=3.3e-6, low=2e-6, high=6e-6, source="arXiv 2505.09343, table 5")
+    latency_s: Figure = Figure(value=3.3e-6, low=2e-6, high=6e-6, label="measured", source="arXiv 2505.09343, table 5")
     domain_size: Positive = 8
 
 
@@ -126,8 +126,12 @@ class NetworkSpec(Spec):
     nics_per_node: Positive = 8
     bandwidth_bytes_per_s: PositiveFloat
     efficiency: Figure = _fraction(0.85, 0.75, 0.95)
-    same_leaf_latency_s: Figure = Figure(value=2.8e-6, low=2e-6, high=4e-6, source="arXiv 2505.09343, table 5")
-    cross_leaf_latency_s: Figure = Figure(value=3.7e-6, low=3e-6, high=6e-6, source="arXiv 2505.09343, table 5")
+    same_leaf_latency_s: Figure = Figure(
+        value=2.8e-6, low=2e-6, high=4e-6, label="measured", source="arXiv 2505.09343, table 5"
+    )
+    cross_leaf_latency_s: Figure = Figure(
+        value=3.7e-6, low=3e-6, high=6e-6, label="measured", source="arXiv 2505.09343, table 5"
+    )
     routing: Routing = "adaptive"
     oversubscription: Annotated[float, Field(ge=1)] = Field(
         default=1.0, description="downward over upward bandwidth of a leaf"

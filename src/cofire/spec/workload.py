@@ -33,7 +33,7 @@ class WorkloadSpec(Spec):
     batch_size: Positive = 1
     weight_format: Literal["fp32", "bf16", "fp8"] = Field(default="bf16", description="weights in decoding")
     expert_load_skew: Figure = Field(
-        default=Figure(value=1.2, low=1.05, high=1.5, source="a batch balanced by a bias; experts of a device even out"),
+        default=Figure(value=1.2, low=1.05, high=1.5, source="a batch balanced by a bias; a device's experts even out"),
         description="load of the fullest device over the mean, for routed experts spread over devices",
     )
     cache_bytes_per_number: Annotated[int | float, Field(gt=0)] = 2
