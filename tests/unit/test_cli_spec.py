@@ -137,7 +137,8 @@ def test_completion_of_bash_offers_presets() -> None:
 def test_completions_offer_what_fits_the_argument() -> None:
     assert complete_model("sm") == ["small"]
     assert set(complete_run("")) == {*preset_names("run"), *preset_names("model")}
-    assert complete_cluster("h100") == ["h100-8"]
+    assert complete_cluster("h100") == ["h100-2048", "h100-8"]
+    assert complete_cluster("this") == ["this-machine"]
     assert complete_preset("") == preset_names()
     assert complete_kind("m") == ["model"]
 

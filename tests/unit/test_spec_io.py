@@ -208,7 +208,7 @@ def test_a_folder_a_missing_file_and_a_zero_byte_name_are_one_line(tmp_path: Pat
 
 def test_the_wrong_kind_names_presets_of_the_right_one() -> None:
     text = error("small", kind="cluster")
-    assert text.startswith("small is a model spec, but a cluster spec is needed here; presets: h100-8")
+    assert text.startswith("small is a model spec, but a cluster spec is needed here; presets: dgx-a100-512, ")
     with pytest.raises(SpecError, match="cluster spec is needed"):
         load_as(ClusterSpec, "tiny")
 

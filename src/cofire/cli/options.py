@@ -29,8 +29,10 @@ def complete_run(incomplete: str) -> list[str]:
 
 
 def complete_cluster(incomplete: str) -> list[str]:
-    """Presets of clusters whose name starts with what was typed."""
-    return _complete("cluster", incomplete)
+    """Presets of clusters, and this machine, whose name starts with what was typed."""
+    from cofire.spec.io import THIS_MACHINE
+
+    return [*_complete("cluster", incomplete), *(name for name in (THIS_MACHINE,) if name.startswith(incomplete))]
 
 
 def complete_preset(incomplete: str) -> list[str]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from cofire.errors import PlanError
 from cofire.plan.flops import DecodeFlops, TrainingFlops
 from cofire.plan.memory import InferenceMemory, MemoryEstimate, weight_bytes
 from cofire.plan.parameters import ParameterCount
-from cofire.spec.hardware import ClusterSpec, DeviceSpec
+from cofire.plan.rates import peak_flops_per_s
+from cofire.spec.hardware import ClusterSpec
 from cofire.spec.model import ModelSpec
 from cofire.spec.spec_type import Spec
 from cofire.spec.workload import WorkloadSpec
@@ -89,7 +89,7 @@ def _training_bound(
 ) -> TrainingBound:
     # Full recomputation repeats the forward pass: a third of forward and backward.
     done = flops.total * (4 / 3 if workload.recompute == "full" else 1)
-    rate = cluster.num_devices * _peak(cluster.device, workload.recipe) / done
+    rate = cluster.num_devices * peak_flops_per_s(cluster.device, workload.recipe) / done
     state = memory.total - memory.activations
     needed = math.ceil(state / cluster.device.memory_bytes)
     return TrainingBound(
@@ -111,7 +111,7 @@ def _decode_bound(
     memory: InferenceMemory,
 ) -> DecodeBound:
     devices = math.ceil(memory.total / cluster.device.memory_bytes)
-    compute = workload.batch_size * flops.total / (devices * _peak(cluster.device, workload.weight_format))
+    compute = workload.batch_size * flops.total / (devices * peak_flops_per_s(cluster.device, workload.weight_format))
     read, unread = 0.0, 0.0
     if model.moe is not None:
         experts = model.moe.num_routed_experts
@@ -132,14 +132,3 @@ def _decode_bound(
         tokens_per_s=workload.batch_size / step,
         binds=limit if devices <= cluster.num_devices else "memory capacity",
     )
-
-
-def _peak(device: DeviceSpec, number_format: Literal["fp32", "bf16", "fp8"]) -> float:
-    peak = device.peak_flops_per_s.get(number_format)
-    if peak is None:
-        known = ", ".join(device.peak_flops_per_s)
-        raise PlanError(
-            f"device {device.name!r} has no peak for {number_format} (known: {known}); "
-            f"set cluster.device.peak_flops_per_s.{number_format} or another workload format"
-        )
-    return peak
