@@ -51,7 +51,7 @@ def verdict(plan: TrainingPlan, cluster: ClusterSpec) -> list[str]:
     share = step.peak_memory_bytes / cluster.device.memory_bytes
     fits = "" if step.fits else " It does NOT fit."
     lines.append(
-        f"{step.binds.capitalize()} bind: {bound:.0%} of a step of {format_duration(total)}. Memory is "
+        f"What binds: {step.binds}, {bound:.0%} of a step of {format_duration(total)}. Memory is "
         f"{share:.0%} full on rank {step.peak_memory_rank}.{fits}"
     )
     tight = [near for near in plan.neighbours if near.step_ratio is not None and near.step_ratio < 1.0]
