@@ -79,7 +79,7 @@ def test_the_note_shows_the_best_and_why_and_what_was_refused(capsys: pytest.Cap
     first = ranking.best[0]
     assert (code, err) == (0, "")
     assert f"The best of {ranking.num_considered} layouts, {ranking.num_fitting} of which fit" in out
-    assert f"{first.binds.capitalize()} bind: {first.part_s(first.binds) / first.step_s:.0%} of a step" in out
+    assert f"What binds: {first.binds}, {first.part_s(first.binds) / first.step_s:.0%} of a step" in out
     for step in ranking.best:
         assert f"{step.step_s:.4g} s" in out
     for reason, number in ranking.refused.items():

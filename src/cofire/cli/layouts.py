@@ -212,7 +212,7 @@ def _verdict(ranking: LayoutRanking, near: list[Neighbour], cluster: ClusterSpec
     memory = first.peak_memory_bytes / cluster.device.memory_bytes
     lines = [
         f"{describe(first.layout)}.",
-        f"{first.binds.capitalize()} bind: {share:.0%} of a step of {first.step_s:.4g} s. Memory is {memory:.0%} full "
+        f"What binds: {first.binds}, {share:.0%} of a step of {first.step_s:.4g} s. Memory is {memory:.0%} full "
         f"on rank {first.peak_memory_rank}.",
     ]
     beyond = [row for row in near if row.step_ratio is not None and row.step_ratio < 1]
