@@ -206,20 +206,10 @@ def _note(question: Question, cluster: ClusterSpec, found: _Found, explain: bool
 
 def _verdict(ranking: LayoutRanking, near: list[Neighbour], cluster: ClusterSpec) -> list[str]:
     from cofire.plan.layouts import describe
+    from cofire.plan.training_note import step_verdict
 
     first = ranking.best[0]
-    share = first.part_s(first.binds) / first.step_s
-    memory = first.peak_memory_bytes / cluster.device.memory_bytes
-    lines = [
-        f"{describe(first.layout)}.",
-        f"What binds: {first.binds}, {share:.0%} of a step of {first.step_s:.4g} s. Memory is {memory:.0%} full "
-        f"on rank {first.peak_memory_rank}.",
-    ]
-    beyond = [row for row in near if row.step_ratio is not None and row.step_ratio < 1]
-    if beyond:
-        best = min(beyond, key=lambda row: row.step_ratio or 1.0)
-        lines.append(f"Outside of what was tried, {best.change} would be {1 - (best.step_ratio or 1):.1%} faster.")
-    return lines
+    return [f"{describe(first.layout)}.", *step_verdict(first, near, cluster)]
 
 
 def _best(ranking: LayoutRanking) -> Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cofire.plan.device_memory import ROLES
-from cofire.plan.layouts import describe
+from cofire.plan.layouts import Neighbour, describe
+from cofire.plan.step import StepEstimate
 from cofire.plan.training import TrainingPlan
 from cofire.plan.uncertainty import Interval
 from cofire.spec.hardware import ClusterSpec
@@ -40,25 +42,28 @@ def training_note(plan: TrainingPlan, cluster: ClusterSpec, explain: bool = Fals
 
 def verdict(plan: TrainingPlan, cluster: ClusterSpec) -> list[str]:
     """Return what a reader should take away, in sentences."""
-    step, total = plan.estimate, plan.estimate.step_s
-    bound = step.part_s(step.binds) / total
+    step = plan.estimate
     lines = [f"Layout: {describe(step.layout)}."]
     if plan.ranking is not None:
         lines[0] += (
             f" The fastest of {plan.ranking.num_considered:,} that were tried, "
             f"{plan.ranking.num_fitting:,} of which fit."
         )
+    return lines + step_verdict(step, plan.neighbours, cluster)
+
+
+def step_verdict(step: StepEstimate, near: Sequence[Neighbour], cluster: ClusterSpec) -> list[str]:
+    """Return what binds a step, whether it fits, and which step beyond the search would be faster."""
     share = step.peak_memory_bytes / cluster.device.memory_bytes
     fits = "" if step.fits else " It does NOT fit."
-    lines.append(
-        f"What binds: {step.binds}, {bound:.0%} of a step of {format_duration(total)}. Memory is "
-        f"{share:.0%} full on rank {step.peak_memory_rank}.{fits}"
-    )
-    tight = [near for near in plan.neighbours if near.step_ratio is not None and near.step_ratio < 1.0]
-    if tight:
-        best = min(tight, key=lambda near: near.step_ratio or 1.0)
-        gain = 1 - (best.step_ratio or 1.0)
-        lines.append(f"Beyond what was tried, {best.change} would be {gain:.1%} faster.")
+    lines = [
+        f"What binds: {step.binds}, {step.part_s(step.binds) / step.step_s:.0%} of a step of "
+        f"{format_duration(step.step_s)}. Memory is {share:.0%} full on rank {step.peak_memory_rank}.{fits}"
+    ]
+    faster = [one for one in near if one.step_ratio is not None and one.step_ratio < 1.0]
+    if faster:
+        best = min(faster, key=lambda one: one.step_ratio or 1.0)
+        lines.append(f"Beyond what was tried, {best.change} would be {1 - (best.step_ratio or 1.0):.1%} faster.")
     return lines
 
 
