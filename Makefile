@@ -5,15 +5,23 @@ BIN := $(VENV)/bin
 DEMO_STEPS ?= 400
 DEMO_RUN ?= runs/demo
 
-.PHONY: setup test fast lint demo bench clean
+.PHONY: setup native test fast lint demo bench clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
+	@command -v c++ > /dev/null || (test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq g++) \
+	  || (echo "the native core needs a C++20 compiler: install g++ 11 or later" >&2; exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# After a change of csrc: builds the native core again, without pip's isolation.
+native:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 
 lint: setup
 	$(BIN)/ruff check .

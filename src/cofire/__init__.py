@@ -25,6 +25,7 @@ _HOMES = {
     "dump": "cofire.spec",
     "load": "cofire.spec",
     "CofireError": "cofire.errors",
+    "CollectiveError": "cofire.errors",
     "JobError": "cofire.errors",
     "PlanError": "cofire.errors",
     "SearchError": "cofire.errors",

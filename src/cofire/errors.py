@@ -1,13 +1,14 @@
 """The exceptions that Cofire raises on purpose.
 
     CofireError
-    +-- SpecError      a spec that cannot be read, or breaks a rule
-    +-- PlanError      a question the planner cannot answer
-    +-- SearchError    an operator search that cannot go on
-    +-- TrainError     a run that cannot start, resume or go on
-    +-- ServeError     a request or a checkpoint that cannot be served
-    +-- StorageError   bytes that cannot be stored or read back
-    +-- JobError       a job that cannot be scheduled or run
+    +-- SpecError        a spec that cannot be read, or breaks a rule
+    +-- PlanError        a question the planner cannot answer
+    +-- SearchError      an operator search that cannot go on
+    +-- CollectiveError  ranks that cannot finish a collective together
+    +-- TrainError       a run that cannot start, resume or go on
+    +-- ServeError       a request or a checkpoint that cannot be served
+    +-- StorageError     bytes that cannot be stored or read back
+    +-- JobError         a job that cannot be scheduled or run
 
 Every message is one line that names the offending value, the rule it broke and the nearest fix.
 A command line that ends in one of them prints that line and exits with code 2; any other
@@ -33,6 +34,13 @@ class PlanError(CofireError):
 
 class SearchError(CofireError):
     """An operator search cannot start or go on."""
+
+
+class CollectiveError(CofireError, RuntimeError):
+    """Ranks cannot finish a collective together: they disagree, one is late or gone, or the type has no kernel.
+
+    It is a RuntimeError too, as programs on torch.distributed expect.
+    """
 
 
 class TrainError(CofireError):
