@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 
 # After a change of csrc: builds the native core again, without pip's isolation.
 native:
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	flock .venv/.building $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 
 lint: setup
 	$(BIN)/ruff check .
