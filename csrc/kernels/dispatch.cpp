@@ -1,77 +1,104 @@
-#include "kernels/kernels.h"
-
-#include <algorithm>
-#include <vector>
-
+// Which variant runs, and under which floating-point mode.
 #include "kernels/variants.h"
+
 #ifdef COFIRE_X86
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
 namespace cofire {
 namespace {
 
-// Round to nearest, denormals kept, whatever the calling thread has set (torch.set_flush_denormal); restored at the end.
-class DefaultRounding {
+// The processor's default mode while it lives: round to nearest even, denormals kept, no traps.
+class DefaultMode {
  public:
-#ifdef COFIRE_X86
-  DefaultRounding() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultRounding() { _mm_setcsr(before_); }
+  DefaultMode(const DefaultMode&) = delete;
+  DefaultMode& operator=(const DefaultMode&) = delete;
+#if defined(COFIRE_X86)
+  DefaultMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultMode() { _mm_setcsr(saved_); }
 
  private:
-  unsigned before_;
+  unsigned saved_;
+#elif defined(__aarch64__)
+  DefaultMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}) : "memory");
+  }
+  ~DefaultMode() { asm volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+
+ private:
+  uint64_t saved_;
+#else
+  DefaultMode() {}
 #endif
 };
+
+#ifdef COFIRE_X86
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+// The builtins ask the operating system too, whether it saves the wide registers.
+bool find_isa(Isa isa) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
+  if (isa == Isa::avx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 }  // namespace
 
 size_t element_size(Element element) {
-  constexpr size_t sizes[] = {4, 8, 2, 2, 1, 1, 4, 8};
-  const auto number = static_cast<int32_t>(element);
-  return number >= 0 && number < 8 ? sizes[number] : 0;
+  switch (element) {
+    case Element::f64:
+    case Element::i64:
+      return 8;
+    case Element::f32:
+    case Element::i32:
+      return 4;
+    case Element::f16:
+    case Element::bf16:
+      return 2;
+    case Element::e4m3:
+    case Element::e5m2:
+      return 1;
+  }
+  return 0;
 }
 
 bool is_supported(Element element, Op op) {
-  const auto number = static_cast<int32_t>(op);
-  if (!element_size(element) || number < 0 || number > static_cast<int32_t>(Op::bit_xor)) return false;
+  if (element_size(element) == 0 || op < Op::sum || op > Op::bit_xor) return false;
   return op < Op::bit_and || element == Element::i32 || element == Element::i64;
 }
 
 bool has_isa(Isa isa) {
-  if (isa == Isa::scalar) return true;
 #ifdef COFIRE_X86
-  __builtin_cpu_init();
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  if (isa == Isa::avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+  static const bool avx2 = find_isa(Isa::avx2), avx512 = find_isa(Isa::avx512);
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512) return avx512;
 #endif
-  return false;
+  return isa == Isa::scalar;
 }
 
 Isa best_isa() {
-  static const Isa best = has_isa(Isa::avx512) ? Isa::avx512 : has_isa(Isa::avx2) ? Isa::avx2 : Isa::scalar;
-  return best;
+  if (has_isa(Isa::avx512)) return Isa::avx512;
+  return has_isa(Isa::avx2) ? Isa::avx2 : Isa::scalar;
 }
 
 void reduce(Isa isa, Element element, Op op, void* target, const void* const* sources, size_t num_sources, size_t count,
             double divisor) {
-  const DefaultRounding guard;
-  char* to = static_cast<char*>(target);
-  std::vector<const char*> from(num_sources);
-  std::transform(sources, sources + num_sources, from.begin(), [](const void* s) { return static_cast<const char*>(s); });
-  size_t done = 0;
+  const Task task{element, op, target, sources, num_sources, count, op == Op::average ? divisor : 1.0};
+  const DefaultMode mode;
 #ifdef COFIRE_X86
-  if (isa == Isa::avx512) done = reduce_avx512(element, op, to, from.data(), num_sources, count, divisor);
-  if (isa == Isa::avx2) done = reduce_avx2(element, op, to, from.data(), num_sources, count, divisor);
-#else
-  (void)isa;
+  if (isa == Isa::avx512) return reduce_avx512(task);
+  if (isa == Isa::avx2) return reduce_avx2(task);
 #endif
-  if (done == count) return;
-  // What no vector holds: the same bits, one by one.
-  const size_t at = done * element_size(element);
-  for (auto& source : from) source += at;
-  reduce_scalar(element, op, to + at, from.data(), num_sources, count - done, divisor);
+  static_cast<void>(isa);
+  reduce_scalar(task);
 }
 
 }  // namespace cofire

@@ -1,15 +1,24 @@
-// One function per instruction set; each returns how many elements it did, from the first on. The scalar one does all.
+// The variants of the kernel, one per translation unit, and what they take. Only dispatch.cpp calls them.
 #pragma once
 
 #include "kernels/kernels.h"
 
 namespace cofire {
 
-size_t reduce_scalar(Element element, Op op, char* target, const char* const* sources, size_t num_sources, size_t count,
-                     double divisor);
-size_t reduce_avx2(Element element, Op op, char* target, const char* const* sources, size_t num_sources, size_t count,
-                   double divisor);
-size_t reduce_avx512(Element element, Op op, char* target, const char* const* sources, size_t num_sources, size_t count,
-                     double divisor);
+struct Task {
+  Element element;
+  Op op;
+  void* target;
+  const void* const* sources;
+  size_t num_sources;
+  size_t count;
+  double divisor;  // 1 unless op is average
+};
+
+void reduce_scalar(const Task& task);
+#ifdef COFIRE_X86
+void reduce_avx2(const Task& task);
+void reduce_avx512(const Task& task);
+#endif
 
 }  // namespace cofire
