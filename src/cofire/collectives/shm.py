@@ -1,13 +1,14 @@
 """Memory that the ranks of one node share, and the native core that works on it.
 
-Only this module imports ``_native``. The segment is a file in ``/dev/shm`` that has no name any more once every rank has
-mapped it, so that nothing stays behind however the ranks end (Fire-Flyer, arXiv 2408.14158, IV-A: the part of HFReduce
-inside a node). Left out: NUMA placement, and systems other than Linux.
+Only this module imports ``_native``. The segment is a file in ``/dev/shm`` that has no name any more once every rank
+has mapped it, so that nothing stays behind however the ranks end (Fire-Flyer, arXiv 2408.14158, IV-A: the part of
+HFReduce inside a node). Left out: NUMA placement, and systems other than Linux.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -67,6 +68,35 @@ class SegmentLayout:
     def page_bytes(self) -> int:
         """``slot_bytes`` in whole pages."""
         return -(-self.slot_bytes // _PAGE) * _PAGE
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective inside a node, as every rank states it.
+
+    Attributes:
+        kind: What.
+        count: Elements that each rank gives (all_gather), gets (reduce_scatter), or both.
+        op: For reductions.
+        divisor: For ``Op.AVERAGE``.
+        root: Local rank, for reduce and broadcast.
+        timeout_s: From the call on.
+        chunk_bytes: Not more than a slot; 0: a slot.
+        num_lanes: Threads, not more than the layout's.
+        between_nodes: The result is what :meth:`Segment.mark_exchanged` announces.
+        sends: This process sends result slots, and says :meth:`Segment.mark_sent` of each.
+    """
+
+    kind: Kind
+    count: int = 0
+    op: Op = Op.SUM
+    divisor: float = 1.0
+    root: int = 0
+    timeout_s: float = 1800.0
+    chunk_bytes: int = 0
+    num_lanes: int = 1
+    between_nodes: bool = False
+    sends: bool = False
 
 
 def reduce_into(
@@ -155,59 +185,37 @@ class Segment:
             raise CollectiveError(f"cannot map shared memory {path}: {error}") from None
 
     def run(
-        self,
-        kind: Kind,
-        input_tensor: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
-        *,
-        count: int = 0,
-        op: Op = Op.SUM,
-        divisor: float = 1.0,
-        root: int = 0,
-        timeout_s: float = 1800.0,
-        chunk_bytes: int = 0,
-        num_lanes: int = 1,
-        between_nodes: bool = False,
-        sends: bool = False,
+        self, call: Collective, input_tensor: torch.Tensor | None = None, output: torch.Tensor | None = None
     ) -> None:
         """Take part in a collective inside the node; blocks, with the GIL released.
 
         Args:
-            kind: What; a barrier takes no tensors.
+            call: What; a barrier takes no tensors.
             input_tensor: Contiguous CPU tensor that is read.
             output: Contiguous CPU tensor that is written; may be the input.
-            count: Elements that each rank gives (all_gather), gets (reduce_scatter), or both.
-            op: For reductions.
-            divisor: For ``Op.AVERAGE``.
-            root: Local rank, for reduce and broadcast.
-            timeout_s: From now.
-            chunk_bytes: Not more than a slot; 0: a slot.
-            num_lanes: Threads, not more than the layout's.
-            between_nodes: The result is what :meth:`mark_exchanged` announces.
-            sends: This process sends result slots, and says :meth:`mark_sent` of each.
 
         Raises:
             CollectiveError: Ranks disagree, or one is late or gone; the segment is of no use any more.
         """
         tensor = output if output is not None else input_tensor
         element = Element.F32 if tensor is None else element_of(tensor.dtype)
-        call = _native.Call(
-            kind,
+        native = _native.Call(
+            call.kind,
             element,
-            op,
-            count,
-            root,
-            divisor,
+            call.op,
+            call.count,
+            call.root,
+            call.divisor,
             0 if input_tensor is None else input_tensor.data_ptr(),
             0 if output is None else output.data_ptr(),
-            timeout_s,
-            chunk_bytes,
-            num_lanes,
-            between_nodes,
-            sends,
+            call.timeout_s,
+            call.chunk_bytes,
+            call.num_lanes,
+            call.between_nodes,
+            call.sends,
         )
         try:
-            self._native.run(call)
+            self._native.run(native)
         except _native.CollectiveFailure as error:
             raise CollectiveError(str(error)) from None
 
@@ -247,8 +255,6 @@ class Segment:
 
 def tensor_at(address: int, dtype: torch.dtype, count: int) -> torch.Tensor:
     """Return a tensor ``[count]`` over memory that somebody else keeps alive."""
-    import ctypes
-
     size = count * dtype.itemsize
     if not size:
         return torch.empty(0, dtype=dtype)
