@@ -21,10 +21,12 @@ from torch.distributed import Store
 
 from cofire.collectives.elements import Op, element_of, find_element
 from cofire.collectives.options import HFReduceOptions
-from cofire.collectives.shm import Kind, Segment, SegmentLayout, check_operation, new_segment_path
+from cofire.collectives.shm import Collective, Kind, Segment, SegmentLayout, check_operation, new_segment_path
 from cofire.errors import CollectiveError
 
 _SPIN_S = 50e-6
+# Below this, starting threads costs more than they save.
+_LANES_FROM_BYTES = 1 << 20
 # Each of the engine's own collectives, and whether it works between nodes too.
 _KINDS = {
     "all_reduce": True,
@@ -158,7 +160,7 @@ class HFReduce:
             path = Path(bytes(store.get(key)).decode())
             segment = Segment(path, here.rank_in_node, here.neighbours, layout, False, spin_s)
         try:
-            segment.run(Kind.BARRIER, timeout_s=self.timeout_s)
+            segment.run(Collective(Kind.BARRIER, timeout_s=self.timeout_s))
         finally:
             if here.is_leader:
                 path.unlink(missing_ok=True)
@@ -276,19 +278,14 @@ class HFReduce:
             if input_tensor is not None and output is not None and output.data_ptr() != input_tensor.data_ptr():
                 output.view(-1).copy_(input_tensor.view(-1))
             return
-        lanes = (
-            self._segment.layout.num_lanes
-            if count * (output.dtype.itemsize if output is not None else 0) >= 1 << 20
-            else 1
-        )
-        self._segment.run(
+        size_bytes = count * (output.dtype.itemsize if output is not None else 0)
+        call = Collective(
             kind,
-            input_tensor,
-            output,
-            count=count,
-            op=op,
+            count,
+            op,
             divisor=float(self.world_size),
             root=self.placement.find(root)[1],
             timeout_s=self.timeout_s,
-            num_lanes=lanes,
+            num_lanes=self._segment.layout.num_lanes if size_bytes >= _LANES_FROM_BYTES else 1,
         )
+        self._segment.run(call, input_tensor, output)
