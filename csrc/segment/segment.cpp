@@ -10,6 +10,8 @@
 #include <thread>
 #include <unistd.h>
 
+#include "segment/copy.h"
+
 namespace cofire {
 namespace {
 
@@ -260,14 +262,6 @@ struct Segment::Pass {
   char* output(uint64_t element) const { return static_cast<char*>(call.output) + element * size; }
 };
 
-namespace {
-
-void copy(void* to, const void* from, uint64_t bytes) {
-  if (bytes && to != from) std::memcpy(to, from, bytes);
-}
-
-}  // namespace
-
 void Segment::run_lane(const Call& call, uint32_t lane, uint64_t first, uint64_t count, bool checks) {
   const Pass pass(call, layout_, rank_, first, count);
   const uint32_t n = layout_.num_ranks;
@@ -286,10 +280,10 @@ void Segment::run_lane(const Call& call, uint32_t lane, uint64_t first, uint64_t
       for (uint32_t of = 0; of < n; ++of) {
         if (of == rank_ && !pass.whole) continue;
         const auto part = pass.part(chunk, of);
-        copy(mine + part.slot_at * size, pass.input(part.tensor_at), part.count * size);
+        copy_bytes(mine + part.slot_at * size, pass.input(part.tensor_at), part.count * size);
       }
     } else if (call.kind == Kind::all_gather || (call.kind == Kind::broadcast && uint32_t(call.root) == rank_)) {
-      copy(mine, pass.input(pass.first + pass.start(chunk)), pass.length(chunk) * size);
+      copy_bytes(mine, pass.input(pass.first + pass.start(chunk)), pass.length(chunk) * size);
     }
     flag(lane, rank_, kPublished).raise(static_cast<uint32_t>(step + 1));
   };
@@ -321,12 +315,12 @@ void Segment::run_lane(const Call& call, uint32_t lane, uint64_t first, uint64_t
     }
     const bool is_root = uint32_t(call.root) == rank_;
     if ((call.kind == Kind::all_reduce && !pass.whole) || (call.kind == Kind::reduce && is_root)) {
-      copy(pass.output(start), result(lane, step), bytes);
+      copy_bytes(pass.output(start), result(lane, step), bytes);
     } else if (call.kind == Kind::broadcast) {
-      copy(pass.output(start), is_root ? pass.input(start) : at(step, call.root), bytes);
+      copy_bytes(pass.output(start), is_root ? pass.input(start) : at(step, call.root), bytes);
     } else if (call.kind == Kind::all_gather) {
       for (uint32_t rank = 0; rank < n; ++rank)
-        copy(pass.output(rank * call.count + start), rank == rank_ ? pass.input(start) : at(step, rank), bytes);
+        copy_bytes(pass.output(rank * call.count + start), rank == rank_ ? pass.input(start) : at(step, rank), bytes);
     }
     if (call.sends) {
       release(step + 1, 0);
