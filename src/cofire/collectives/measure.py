@@ -175,7 +175,10 @@ def measure(question: ReduceQuestion) -> list[ReduceSample]:
     """
     check_question(question)
     if in_torchrun():
-        return _run_rank(question, int(os.environ["RANK"]), None)
+        try:
+            return _run_rank(question, int(os.environ["RANK"]), None)
+        except RuntimeError as error:
+            raise CollectiveError(f"a rank failed: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     import torch.multiprocessing as processes
 
     with tempfile.TemporaryDirectory(prefix="cofire-bench-") as folder:
