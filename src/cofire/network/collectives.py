@@ -298,6 +298,79 @@ def _side_by_side(one: Messages, rank: Ints) -> Messages:
     )
 
 
+def rooted_tree(kind: str, num_ranks: int, root: int, size_bytes: float, pieces: int = 1) -> Messages:
+    """Return a reduce to a rank, or a broadcast from it, over one tree: the plain double tree's first, renumbered.
+
+    Args:
+        kind: ``reduce`` or ``broadcast``.
+        num_ranks: Who takes part.
+        root: Who ends with the sum, or begins with the data.
+        size_bytes: Of the data of each rank.
+        pieces: That the data is cut into; a rank passes one on while the next arrives.
+
+    Raises:
+        PlanError: The kind is none of these, or there is no such rank or no piece.
+    """
+    _check_ranks(num_ranks)
+    if kind not in ("reduce", "broadcast"):
+        raise PlanError(f"{kind!r} has no root; take reduce or broadcast")
+    if not 0 <= root < num_ranks:
+        raise PlanError(f"root = {root} is not below num_ranks = {num_ranks}")
+    if pieces < 1:
+        raise PlanError(f"pieces = {pieces}: data needs at least 1 piece")
+    draft = _Draft()
+    parent = double_tree(num_ranks)[0]
+    child = np.flatnonzero(parent != ROOT)
+    low, high = (child + root) % num_ranks, (parent[child] + root) % num_ranks
+    source, target = (low, high) if kind == "reduce" else (high, low)
+    sent = draft.send(source[None], target[None], np.arange(pieces)[:, None], adds=kind == "reduce")
+    inner = np.flatnonzero(parent[parent[child]] != ROOT)
+    # In the tree that is numbered from 0, rank r's message is number r - 1 of a piece.
+    over = parent[child][inner] - 1
+    first, second = (sent[:, inner], sent[:, over]) if kind == "reduce" else (sent[:, over], sent[:, inner])
+    draft.wait(first, second)
+    draft.wait(sent[:-1], sent[1:], queued=True)
+    return draft.finish(num_ranks, pieces, size_bytes)
+
+
+def paired_host_all_reduce(num_devices: int, size_bytes: float, pieces: int = 8) -> Messages:
+    """Return an all-reduce inside a node whose devices are bridged in pairs (Fire-Flyer, IV-A, the NVLink variant).
+
+    A pair first adds over its bridge, each device one half of every piece; each ships its half to the host, which adds
+    those of all pairs; the result comes back in halves, and the pair exchanges them over the bridge. Ranks are the
+    devices (2k and 2k + 1 are a pair) and, as number ``num_devices``, the host. A node's network stage, between the
+    host's sum and the result, is left out. Chunk ``2 p + h`` is half h of piece p.
+
+    Args:
+        num_devices: Of the node, an even number.
+        size_bytes: Of the data of each device.
+        pieces: That it is cut into.
+
+    Raises:
+        PlanError: The devices do not pair, or there is no piece.
+    """
+    if num_devices < 2 or num_devices % 2:
+        raise PlanError(f"{num_devices} devices do not pair; take an even number, 2 or more")
+    if pieces < 1:
+        raise PlanError(f"pieces = {pieces}: data needs at least 1 piece")
+    draft = _Draft()
+    device = np.arange(num_devices)[None, :]
+    other, half, piece = device ^ 1, device % 2, np.arange(pieces)[:, None]
+    mine, theirs = 2 * piece + half, 2 * piece + 1 - half
+    given = draft.send(device, other, theirs, adds=True)
+    shipped = draft.send(device, np.full_like(device, num_devices), mine, adds=True)
+    back = draft.send(np.full_like(device, num_devices), device, mine)
+    gathered = draft.send(device, other, mine)
+    draft.wait(given[:, other[0]], shipped)
+    for first in (0, 1):
+        half_of_all = slice(first, num_devices, 2)
+        draft.wait(shipped[:, half_of_all, None], back[:, None, half_of_all])
+    draft.wait(back, gathered)
+    for way in (given, shipped, back, gathered):
+        draft.wait(way[:-1], way[1:], queued=True)
+    return draft.finish(num_devices + 1, 2 * pieces, size_bytes)
+
+
 def all_to_all(num_ranks: int, pair_bytes: float) -> Messages:
     """Return every rank's block to every other, all at once.
 
