@@ -1,0 +1,99 @@
+"""Ranks as real processes around an HFReduce engine, for the tests of this folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import PrefixStore, TCPStore
+
+from cofire.collectives.hfreduce import HFReduce
+from cofire.collectives.options import HFReduceOptions
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where the ranks run: the host of each rank, and how long they wait for each other."""
+
+    hosts: Sequence[str]
+    timeout_s: float = 30.0
+    chunk_bytes: int | None = None
+    num_threads: int | None = None
+
+
+def _work(function: Callable[..., Any], world: World, rank: int, port: int, results: Any, args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        size = len(world.hosts)
+        store = TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=60))
+        options = HFReduceOptions(host=world.hosts[rank], chunk_bytes=world.chunk_bytes, num_threads=world.num_threads)
+
+        def connect(name: str) -> HFReduce:
+            return HFReduce(PrefixStore(name, store), rank, size, world.timeout_s, options)
+
+        results.put((rank, function(connect, rank, *args), None))
+    except BaseException as error:
+        results.put((rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # threads that wait for dead peers must not hold the process
+
+
+def start_ranks(function: Callable[..., Any], world: World, *args: Any) -> tuple[TCPStore, list[Any], Any]:
+    """Start the ranks; return the store, which must outlive them, the processes and the queue of their results."""
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    results = _SPAWN.Queue()
+    ranks = [
+        _SPAWN.Process(target=_work, args=(function, world, rank, store.port, results, args), daemon=True)
+        for rank in range(len(world.hosts))
+    ]
+    for process in ranks:
+        process.start()
+    return store, ranks, results
+
+
+def gather(ranks: list[Any], results: Any, expected: Sequence[int], within_s: float = 120.0) -> dict[int, Any]:
+    """Return what the expected ranks returned, or the text of what they raised; kill all ranks."""
+    got: dict[int, Any] = {}
+    end = time.monotonic() + within_s
+    try:
+        while not set(expected) <= got.keys():
+            try:
+                rank, value, error = results.get(timeout=max(0.1, end - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"ranks {sorted(set(expected) - got.keys())} hang") from None
+            got[rank] = value if error is None else error
+    finally:
+        for process in ranks:
+            process.kill()
+        for process in ranks:
+            process.join()
+    return got
+
+
+def run_ranks(function: Callable[..., Any], world: World, *args: Any) -> list[Any]:
+    """Run ``function(connect, rank, *args)`` on every rank and return what each returned.
+
+    ``connect(name)`` makes an engine with the other ranks that say the same name.
+
+
+    Raises:
+        AssertionError: A rank raised; with its traceback.
+    """
+    store, ranks, results = start_ranks(function, world, *args)
+    got = gather(ranks, results, range(len(world.hosts)))
+    del store
+    for rank, value in got.items():
+        assert not (isinstance(value, str) and "Traceback" in value), f"rank {rank}: {value}"
+    return [got[rank] for rank in range(len(world.hosts))]
