@@ -102,7 +102,14 @@ class Node:
 
 
 def enter(
-    work: Callable[..., Any], port: int, node: int, num_nodes: int, timeout_s: float, answers: Any, args: tuple
+    work: Callable[..., Any],
+    port: int,
+    node: int,
+    num_nodes: int,
+    survivors: int,
+    timeout_s: float,
+    answers: Any,
+    args: Any,
 ) -> None:
     torch.set_num_threads(1)
     member = Node(port, node, num_nodes, timeout_s)
@@ -114,35 +121,36 @@ def enter(
     # Others may still be in the middle of what failed here: do not let the end of this process be their error.
     member.store.add("ended", 1)
     until = time.monotonic() + 5
-    while member.store.add("ended", 0) < num_nodes and time.monotonic() < until:
+    while member.store.add("ended", 0) < survivors and time.monotonic() < until:
         time.sleep(0.02)
     member.exchange.close()
 
 
 def together(
-    num_nodes: int, work: Callable[..., Any], *args: Any, answers_from: int | None = None, timeout_s: float = TIMEOUT_S
+    num_nodes: int, work: Callable[..., Any], *args: Any, survivors: int | None = None, timeout_s: float = TIMEOUT_S
 ) -> dict[int, Any]:
-    """Run ``work(node, *args)`` in one process per node; return their answers, ``answers_from`` of them at least."""
+    """Run ``work(node, *args)`` in one process per node; return the answers of those that survive it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "cofire.collectives.between_nodes"])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = context.Queue()
+    expected = num_nodes if survivors is None else survivors
     processes = [
-        context.Process(target=enter, args=(work, store.port, node, num_nodes, timeout_s, answers, args))
+        context.Process(target=enter, args=(work, store.port, node, num_nodes, expected, timeout_s, answers, args))
         for node in range(num_nodes)
     ]
     for process in processes:
         process.start()
     found: dict[int, Any] = {}
     try:
-        for _ in range(num_nodes if answers_from is None else answers_from):
+        for _ in range(expected):
             node, answer = answers.get(timeout=60)
             found[node] = answer
     except queue.Empty:
         pytest.fail(f"only nodes {sorted(found)} of {num_nodes} answered: {found}")
     finally:
-        for process in processes:
-            process.join(10)
+        for node, process in enumerate(processes):
+            process.join(10 if node in found else 0)
             if process.is_alive():
                 process.kill()
     return found
@@ -320,14 +328,14 @@ def die(node: Node, how: str) -> str:
 
 @pytest.mark.parametrize("how", ["killed", "by exit", "in the middle"])
 def test_a_dead_node_raises_on_all_survivors_and_is_named(how: str):
-    found = together(5, die, how, answers_from=4)
+    found = together(5, die, how, survivors=4)
     assert sorted(found) == [0, 2, 3, 4]
     for answer in found.values():
         assert answer.startswith("node 1 (host1) closed its connection during all_reduce"), found
 
 
 def test_a_node_that_stands_still_raises_on_all_others_within_the_timeout():
-    found = together(4, die, "stopped", answers_from=3, timeout_s=3.0)
+    found = together(4, die, "stopped", survivors=3, timeout_s=3.0)
     assert sorted(found) == [0, 2, 3]
     for answer in found.values():
         assert "node 1 (host1)" in answer, found
