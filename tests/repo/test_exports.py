@@ -29,6 +29,7 @@ SPECS = {
 }
 ERRORS = {
     "CofireError",
+    "CollectiveError",
     "JobError",
     "PlanError",
     "SearchError",

@@ -48,8 +48,12 @@ def lint_with(tmp_path: Path, module: str, line: str) -> subprocess.CompletedPro
     shutil.copy(source_tree.ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "src" / "cofire" / module).open("a", encoding="utf-8") as file:
         file.write(f"\n{line}\n")
-    # The linter looks in the working folder first, so it reads the copy and not the installed package.
-    program = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c()"
+    # The linter must read the copy in the working folder and not the installed package, which an editable install finds
+    # before any folder.
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')];"
+        "sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c()"
+    )
     return subprocess.run(
         [sys.executable, "-c", program, "--config", str(tmp_path / "pyproject.toml"), "--no-cache"],
         cwd=tmp_path / "src",
