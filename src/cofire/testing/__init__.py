@@ -1,1 +1,1 @@
-"""Public test doubles: hypothesis strategies for specs. Needs the ``dev`` extra."""
+"""Public test doubles: hypothesis strategies for specs, and network namespaces as hosts. Needs the ``dev`` extra."""
