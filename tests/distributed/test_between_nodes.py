@@ -46,7 +46,7 @@ class Slices:
 
     def __init__(self, tensor: torch.Tensor, chunk_count: int) -> None:
         self.parts = list(tensor.split(chunk_count)) if tensor.numel() else []
-        self.num_chunks = len(self.parts)
+        self.num_chunks = self.num_slots = len(self.parts)
         self.published: list[int] = []
         self.sent: list[int] = []
 

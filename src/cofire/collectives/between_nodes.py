@@ -32,6 +32,8 @@ from cofire.errors import CollectiveError
 # Bytes that a node's peer may send ahead of what the node has dealt with, of each pass.
 _WINDOW_BYTES = 4 << 20
 _WINDOW_CHUNKS = (2, 16)
+# Rounds by which a node sends what it need not wait for before what it must.
+_ROUNDS_AHEAD = 4
 
 _HEADER = struct.Struct("<8s q i i i i q q d q")
 _MAGIC = b"cofire 1"
@@ -45,9 +47,12 @@ class ChunkSource(Protocol):
 
     Attributes:
         num_chunks: Of the operation.
+        num_slots: Chunks that have memory at the same time: chunk c lies where chunk ``c - num_slots`` did. At least
+            two rounds of the program's, and 3; as many as chunks where each has its own.
     """
 
     num_chunks: int
+    num_slots: int
 
     def buffer(self, chunk: int) -> torch.Tensor:
         """Return ``[count]``, on the CPU: this node's sum of the chunk, later the result; the address never changes."""
@@ -234,6 +239,9 @@ class Exchange:
         chunk_bytes = max(1, operation.chunk_count * operation.element.size_bytes)
         low, high = _WINDOW_CHUNKS
         self._window = max(low, min(high, _WINDOW_BYTES // chunk_bytes))
+        # One round is being worked on, one may wait until its last chunk was sent.
+        rounds = (chunks.num_slots if chunks.num_slots < chunks.num_chunks else 1 << 30) // program.period
+        self._rounds_ahead = max(0, min(rounds - 2, _ROUNDS_AHEAD))
         self.error: str | None = None
 
     def fail(self, message: str) -> None:
@@ -314,10 +322,11 @@ class Exchange:
         program, chunks, transport = self._program, self._chunks, self._transport
         op, divisor = self._operation.op, self._operation.divisor
         incoming = self._post_below()
-        # Whoever gets a result of an all-reduce has sent its sum: its buffer is free before it is received into.
-        sums = _Sends(self._window, None if program.shares else self._sent.mark)
+        # Whoever gets a result of an all-reduce has sent its sum: its buffer is free before it is received into. In a
+        # reduce to a root, a later chunk may need the very buffer that is being sent.
+        sums = _Sends(self._window, None) if program.shares else _Sends(1, self._sent.mark)
         results = _Sends(1, self._sent.mark)
-        for chunk, step in program.reduce_steps(chunks.num_chunks):
+        for chunk, step in program.reduce_steps(chunks.num_chunks, self._rounds_ahead):
             chunks.wait_reduced(chunk)
             buffer = chunks.buffer(chunk)
             complete = step.send_to is None

@@ -95,12 +95,27 @@ class NodeProgram:
             met.update(step.send_to, (step.receive_from,))
         return tuple(sorted(met))
 
-    def reduce_steps(self, num_chunks: int) -> Iterator[tuple[int, ReduceStep]]:
-        """Yield each chunk of a collective with its step on the way up, in the order of doing."""
-        for start in range(0, num_chunks, self.period):
-            for step in self.reduce:
-                if start + step.chunk < num_chunks:
-                    yield start + step.chunk, step
+    def reduce_steps(self, num_chunks: int, rounds_ahead: int = 0) -> Iterator[tuple[int, ReduceStep]]:
+        """Yield each chunk of a collective with its step on the way up, in the order of doing.
+
+        Args:
+            num_chunks: Of the collective.
+            rounds_ahead: By which steps that receive nothing come before the others, so that these find on arrival
+                what they add. A node then needs buffers for as many rounds more.
+        """
+        free = tuple(step for step in self.reduce if not step.receive_from)
+        bound = tuple(step for step in self.reduce if step.receive_from)
+        num_rounds = -(-num_chunks // self.period)
+        if not rounds_ahead or not bound:
+            order = ((nth, self.reduce) for nth in range(num_rounds))
+        else:
+            later = range(-rounds_ahead, num_rounds)
+            order = (part for nth in later for part in ((nth + rounds_ahead, free), (nth, bound)))
+        for nth, steps in order:
+            for step in steps:
+                chunk = nth * self.period + step.chunk
+                if 0 <= chunk < num_chunks:
+                    yield chunk, step
 
     def broadcast_steps(self, num_chunks: int) -> Iterator[tuple[int, BroadcastStep]]:
         """Yield each chunk of a collective with its step on the way down, in the order of doing."""
