@@ -22,7 +22,7 @@ void check(const Segment& segment, const Call& call) {
   const bool sums = call.kind == cofire::Kind::all_reduce || call.kind == cofire::Kind::reduce || call.kind == cofire::Kind::reduce_scatter;
   if (!cofire::element_size(call.element)) throw nb::value_error("unknown element type");
   if (sums && !cofire::is_supported(call.element, call.op)) throw nb::value_error("the operation makes no sense for the type");
-  if (call.root < 0 || uint32_t(call.root) >= layout.num_ranks) throw nb::value_error("the root is not a rank of the segment");
+  if (call.root < -1 || call.root >= int32_t(layout.num_ranks)) throw nb::value_error("the root is not a rank of the segment");
   if (call.count && (!call.input || !call.output) && call.kind != cofire::Kind::barrier) throw nb::value_error("no memory");
   if (call.network && call.num_lanes != 1) throw nb::value_error("between nodes there is one lane");
 }

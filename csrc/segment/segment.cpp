@@ -336,6 +336,9 @@ void Segment::run_lane(const Call& call, uint32_t lane, uint64_t first, uint64_t
     if (i >= 1 && i - 1 < pass.num_chunks) combine(i - 1);
     if (i >= ahead) take(i - ahead);
   }
+  // What other threads say of this call's chunks counts from its first step, so they must be through with it.
+  if (call.sends)
+    await(flag(lane, rank_, kConsumed), static_cast<uint32_t>(base + pass.num_chunks), n, "sent everything", call.deadline);
   steps_[lane] = base + pass.num_chunks;
 }
 

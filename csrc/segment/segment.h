@@ -49,7 +49,7 @@ struct Call {
   Element element = Element::f32;
   Op op = Op::sum;
   uint64_t count = 0;    // elements: of a rank's tensor; for reduce_scatter of the output, for all_gather of the input
-  int32_t root = 0;      // local rank, for reduce and broadcast
+  int32_t root = 0;      // local rank, for reduce and broadcast; -1: on another node
   double divisor = 1.0;  // for Op::average
   bool network = false;  // the result waits for the other nodes (all_reduce and reduce; one lane)
   bool sends = false;    // with network: this process sends the result slots, so they are in use until mark_sent

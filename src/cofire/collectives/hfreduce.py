@@ -13,20 +13,30 @@ Left out: reduce_scatter and all_gather between nodes, which torch.distributed's
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
+from cofire.collectives.between_nodes import ChunkSource, Exchange, NodeExchange, Operation
 from cofire.collectives.elements import Op, element_of, find_element
 from cofire.collectives.options import HFReduceOptions
+from cofire.collectives.schedule import NodeProgram, all_reduce_program, choose_algorithm, rooted_program
 from cofire.collectives.shm import Collective, Kind, Segment, SegmentLayout, check_operation, new_segment_path
+from cofire.collectives.transport import FailureBoard, Transport
 from cofire.errors import CollectiveError
 
 _SPIN_S = 50e-6
 # Below this, starting threads costs more than they save.
 _LANES_FROM_BYTES = 1 << 20
+# Between nodes: chunks, and what the choice of an algorithm takes for the network; the same on all ranks.
+_CHUNK_BYTES = 256 << 10
+_LEAST_CHUNK_BYTES = 16 << 10
+_SLOTS_BETWEEN_NODES = 16
+_WIRE_BYTES_PER_S = 1.25e9
+_WIRE_LATENCY_S = 50e-6
 # Each of the engine's own collectives, and whether it works between nodes too.
 _KINDS = {
     "all_reduce": True,
@@ -114,6 +124,62 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+@dataclass(frozen=True)
+class Leader:
+    """What a node's leader has of the other nodes."""
+
+    exchange: NodeExchange
+    board: FailureBoard
+
+
+class TensorChunks:
+    """A tensor as the chunks of an exchange, where a node has one rank or the leader alone moves data."""
+
+    def __init__(self, flat: torch.Tensor, chunk_count: int) -> None:
+        self.num_chunks = self.num_slots = -(-flat.numel() // chunk_count)
+        self._chunks = list(flat.split(chunk_count))
+
+    def buffer(self, chunk: int) -> torch.Tensor:
+        """Return a part of the tensor."""
+        return self._chunks[chunk]
+
+    def wait_reduced(self, chunk: int) -> None:
+        """Return: the rank's data is the node's sum."""
+
+    def publish(self, chunk: int) -> None:
+        """Do nothing: the result is in its place."""
+
+    def mark_sent(self, chunk: int) -> None:
+        """Do nothing: each chunk has its own memory."""
+
+
+class SegmentChunks:
+    """The result slots of a node's segment as the chunks of an exchange."""
+
+    def __init__(self, segment: Segment, flat: torch.Tensor, chunk_count: int, timeout_s: float) -> None:
+        self.num_chunks = -(-flat.numel() // chunk_count)
+        self.num_slots = segment.layout.num_slots
+        self._segment, self._dtype = segment, flat.dtype
+        self._total, self._chunk_count, self._timeout_s = flat.numel(), chunk_count, timeout_s
+
+    def buffer(self, chunk: int) -> torch.Tensor:
+        """Return the chunk's result slot."""
+        count = min(self._chunk_count, self._total - chunk * self._chunk_count)
+        return self._segment.result(chunk, self._dtype, count)
+
+    def wait_reduced(self, chunk: int) -> None:
+        """Wait for all ranks of the node."""
+        self._segment.wait_reduced(chunk, self._timeout_s)
+
+    def publish(self, chunk: int) -> None:
+        """Let the ranks of the node copy the result."""
+        self._segment.mark_exchanged(chunk)
+
+    def mark_sent(self, chunk: int) -> None:
+        """Let the ranks of the node write the slot again."""
+        self._segment.mark_sent(chunk)
+
+
 class HFReduce:
     """One rank's engine. Each method blocks; after a failure every further call raises at once.
 
@@ -141,6 +207,9 @@ class HFReduce:
         self._failure: str | None = None
         self.placement = find_placement(store, rank, world_size, self.options)
         self._segment = self._share_memory(store) if len(self.placement.neighbours) > 1 else None
+        self._nodes = self._connect_nodes(store) if len(self.placement.nodes) > 1 and self.placement.is_leader else None
+        self._num_calls = 0
+        self._programs: dict[tuple[str, int], NodeProgram] = {}
 
     def _share_memory(self, store: Store) -> Segment:
         """Make the node's segment or map it; its name is gone when all have."""
@@ -148,8 +217,8 @@ class HFReduce:
         local = len(here.neighbours)
         between = len(here.nodes) > 1
         lanes = 1 if between else self.options.num_threads or max(1, min(8, cores // local))
-        slots = self.options.num_slots or (16 if between else 4)
-        layout = SegmentLayout(self.options.chunk_bytes or (256 << 10), slots, lanes)
+        slots = self._most_slots() if between else self.options.num_slots or 4
+        layout = SegmentLayout(self.options.chunk_bytes or _CHUNK_BYTES, slots, lanes)
         spin_s = (_SPIN_S if local <= cores else 0.0) if self.options.spin_us is None else self.options.spin_us * 1e-6
         key = f"segment/{here.node}"
         if here.is_leader:
@@ -165,6 +234,20 @@ class HFReduce:
             if here.is_leader:
                 path.unlink(missing_ok=True)
         return segment
+
+    def _connect_nodes(self, store: Store) -> Leader:
+        """Connect this leader with the other nodes'."""
+        here = self.placement
+        transport = Transport.connect(
+            PrefixStore("leaders", store),
+            here.node,
+            len(here.nodes),
+            self.timeout_s,
+            here.hosts,
+            self.options.num_connections,
+            self.options.interface,
+        )
+        return Leader(NodeExchange(transport, board := FailureBoard(PrefixStore("board", store))), board)
 
     def supports(self, kind: str, dtype: torch.dtype | None = None) -> bool:
         """Return whether the engine does a collective for a type; what it does not is for another backend."""
@@ -223,7 +306,10 @@ class HFReduce:
         Raises:
             CollectiveError: One is late or gone.
         """
-        self._run(Kind.BARRIER, None, None, 0)
+        if len(self.placement.nodes) > 1:
+            self.all_reduce(torch.zeros(1, dtype=torch.int32))
+        else:
+            self._run(Kind.BARRIER, None, None, 0)
 
     def abort(self, message: str) -> None:
         """Make this group raise, here and on the other ranks of the node, now and in every later call."""
@@ -235,6 +321,9 @@ class HFReduce:
         """Let go of memory and connections."""
         self._failure = self._failure or "the group was closed"
         self._segment = None
+        if self._nodes is not None:
+            self._nodes.exchange.close()
+            self._nodes = None
 
     def _check_rows(self, whole: torch.Tensor, row: torch.Tensor) -> None:
         if whole.numel() != self.world_size * row.numel() or whole.dtype != row.dtype:
@@ -258,8 +347,9 @@ class HFReduce:
             if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
                 raise CollectiveError("a tensor is not contiguous or not on the CPU; take tensor.cpu().contiguous()")
         try:
-            if len(self.placement.nodes) > 1:
-                raise NotImplementedError
+            if len(self.placement.nodes) > 1 and output is not None:
+                self._run_between_nodes(kind, output.view(-1), op, root)
+                return
             self._run_in_node(kind, input_tensor, output, count, op, root)
         except BaseException as error:
             self.abort(first_line(error))
@@ -289,3 +379,112 @@ class HFReduce:
             num_lanes=self._segment.layout.num_lanes if size_bytes >= _LANES_FROM_BYTES else 1,
         )
         self._segment.run(call, input_tensor, output)
+
+    def _run_between_nodes(self, kind: Kind, flat: torch.Tensor, op: Op, root: int) -> None:
+        """Run a collective of several nodes on ``[count]``."""
+        self._num_calls += 1
+        if not flat.numel():
+            # Nothing to move, but nobody may go on before all have come.
+            kind, op, flat = Kind.ALL_REDUCE, Op.SUM, torch.zeros(1, dtype=torch.int32)
+        if kind is Kind.BROADCAST:
+            self._broadcast_between_nodes(flat, root)
+            return
+        here, (root_node, root_place) = self.placement, self.placement.find(root)
+        chunk_count = self._chunk_count(flat)
+        exchange = None
+        if self._nodes is not None:
+            keeps = kind is Kind.REDUCE and self.rank != root
+            chunks: ChunkSource = (
+                TensorChunks(flat.clone() if keeps else flat, chunk_count)
+                if self._segment is None
+                else SegmentChunks(self._segment, flat, chunk_count, self.timeout_s)
+            )
+            exchange = self._start(kind, chunks, flat, op, root)
+        if self._segment is not None:
+            call = Collective(
+                kind,
+                flat.numel(),
+                op,
+                root=root_place if root_node == here.node else -1,
+                timeout_s=self.timeout_s,
+                chunk_bytes=chunk_count * flat.dtype.itemsize,
+                between_nodes=True,
+                sends=exchange is not None,
+            )
+            self._run_beside(exchange, call, flat)
+        elif exchange is not None and self._nodes is not None:
+            self._nodes.exchange.finish(exchange, time.monotonic() + self.timeout_s)
+
+    def _run_beside(self, exchange: Exchange | None, call: Collective, flat: torch.Tensor) -> None:
+        """Run the part inside the node while the exchange goes on; a failure of one ends the other."""
+        if self._segment is None:
+            raise AssertionError("a node of one rank has no segment")
+        if exchange is None or self._nodes is None:
+            self._segment.run(call, flat, flat)
+            return
+        end = time.monotonic() + self.timeout_s
+        try:
+            self._segment.run(call, flat, flat)
+        except BaseException as error:
+            exchange.fail(self._nodes.board.post(first_line(error)))
+            self._nodes.exchange.finish(exchange, end)
+            raise
+        self._nodes.exchange.finish(exchange, end)
+
+    def _broadcast_between_nodes(self, flat: torch.Tensor, root: int) -> None:
+        """Broadcast inside the root's node, between the leaders, then inside the other nodes."""
+        root_node, root_place = self.placement.find(root)
+        is_here = root_node == self.placement.node
+        call = Collective(Kind.BROADCAST, flat.numel(), root=root_place if is_here else 0, timeout_s=self.timeout_s)
+        if is_here and self._segment is not None:
+            self._segment.run(call, flat, flat)
+        if self._nodes is not None:
+            exchange = self._start(Kind.BROADCAST, TensorChunks(flat, self._chunk_count(flat)), flat, Op.SUM, root)
+            self._nodes.exchange.finish(exchange, time.monotonic() + self.timeout_s)
+        if not is_here and self._segment is not None:
+            self._segment.run(call, flat, flat)
+
+    def _start(self, kind: Kind, chunks: ChunkSource, flat: torch.Tensor, op: Op, root: int) -> Exchange:
+        """Begin the exchange of a collective between the leaders."""
+        if self._nodes is None:
+            raise AssertionError("only a leader talks to other nodes")
+        program = self._program(kind, flat.numel() * flat.dtype.itemsize, root)
+        operation = Operation(
+            sequence=self._num_calls,
+            kind=kind,
+            element=element_of(flat.dtype),
+            op=op,
+            count=flat.numel(),
+            root=root,
+            chunk_count=self._chunk_count(flat),
+            period=program.period,
+            divisor=float(self.world_size),
+        )
+        return self._nodes.exchange.start(program, chunks, operation, self.abort)
+
+    def _program(self, kind: Kind, size_bytes: int, root: int) -> NodeProgram:
+        """Return what this node sends and receives."""
+        here, num_nodes = self.placement, len(self.placement.nodes)
+        if kind is not Kind.ALL_REDUCE:
+            name = "reduce" if kind is Kind.REDUCE else "broadcast"
+            return rooted_program(name, num_nodes, here.node, here.find(root)[0])
+        algorithm = self.options.algorithm
+        if algorithm == "auto":
+            algorithm = choose_algorithm(num_nodes, size_bytes, _WIRE_BYTES_PER_S, _WIRE_LATENCY_S)
+            if self._most_slots() < num_nodes:
+                algorithm = "double_tree"  # a round of the ring would not fit the slots
+        key = (algorithm, num_nodes)
+        if key not in self._programs:
+            self._programs[key] = all_reduce_program(algorithm, num_nodes, here.node, here.zones)
+        return self._programs[key]
+
+    def _most_slots(self) -> int:
+        """Return how many chunks are on their way at once where several ranks share a node."""
+        return self.options.num_slots or _SLOTS_BETWEEN_NODES
+
+    def _chunk_count(self, flat: torch.Tensor) -> int:
+        """Return the elements of a chunk between nodes, the same on all of them: an eighth, within limits."""
+        size_bytes = flat.numel() * flat.dtype.itemsize
+        largest = self.options.chunk_bytes or _CHUNK_BYTES
+        wish = min(largest, max(_LEAST_CHUNK_BYTES, -(-size_bytes // 8)))
+        return max(1, wish // 64) * 64 // flat.dtype.itemsize

@@ -79,7 +79,7 @@ class Collective:
         count: Elements that each rank gives (all_gather), gets (reduce_scatter), or both.
         op: For reductions.
         divisor: For ``Op.AVERAGE``.
-        root: Local rank, for reduce and broadcast.
+        root: Local rank, for reduce and broadcast; -1: on another node.
         timeout_s: From the call on.
         chunk_bytes: Not more than a slot; 0: a slot.
         num_lanes: Threads, not more than the layout's.
