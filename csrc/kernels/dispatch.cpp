@@ -91,7 +91,8 @@ Isa best_isa() {
 
 void reduce(Isa isa, Element element, Op op, void* target, const void* const* sources, size_t num_sources, size_t count,
             double divisor) {
-  const Task task{element, op, target, sources, num_sources, count, op == Op::average ? divisor : 1.0};
+  const size_t size_bytes = count * element_size(element);
+  const Task task{element, op, target, sources, num_sources, size_bytes, op == Op::average ? divisor : 1.0};
   const DefaultMode mode;
 #ifdef COFIRE_X86
   if (isa == Isa::avx512) return reduce_avx512(task);

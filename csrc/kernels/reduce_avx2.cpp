@@ -7,28 +7,38 @@ namespace cofire {
 namespace {
 
 struct Avx2 {
-  static constexpr size_t width = 8;
   static constexpr bool has_f16c = true;
   typedef float F __attribute__((vector_size(32)));
   typedef int32_t S __attribute__((vector_size(32)));
   typedef uint32_t U __attribute__((vector_size(32)));
-  typedef uint16_t H __attribute__((vector_size(16)));
-  typedef uint8_t B __attribute__((vector_size(8)));
+  typedef uint16_t H __attribute__((vector_size(32)));
+  typedef double D __attribute__((vector_size(32)));
+  typedef int64_t L __attribute__((vector_size(32)));
+  typedef uint64_t M __attribute__((vector_size(32)));
 
-  static H narrow16(U wide) {
-    const auto packed = _mm256_packus_epi32(bits_as<__m256i>(wide), bits_as<__m256i>(wide));
-    return bits_as<H>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  // F16C does not mind how MXCSR treats denormals; the caller has made NaN canonical.
+  static Parts<F, 2> from_f16(H half) {
+    const auto both = bits_as<__m256i>(half);
+    return {{bits_as<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(both))),
+             bits_as<F>(_mm256_cvtph_ps(_mm256_extracti128_si256(both, 1)))}};
   }
-  static B narrow8(U wide) {
-    const auto low_bytes = _mm256_set1_epi32(0x0c080400);  // Of each half: to its first four bytes.
-    const auto packed = _mm256_shuffle_epi8(bits_as<__m256i>(wide), low_bytes);
-    const auto both = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
-    return bits_as<B>(_mm_cvtsi128_si64(both));
+  static H to_f16(const Parts<F, 2>& value) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const auto low = _mm256_cvtps_ph(bits_as<__m256>(value.part[0]), nearest);
+    const auto high = _mm256_cvtps_ph(bits_as<__m256>(value.part[1]), nearest);
+    return bits_as<H>(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
   }
-  // Neither instruction minds how MXCSR treats denormals; the caller has made NaN canonical.
-  static F from_f16(H half) { return bits_as<F>(_mm256_cvtph_ps(bits_as<__m128i>(half))); }
-  static H to_f16(F value) {
-    return bits_as<H>(_mm256_cvtps_ph(bits_as<__m256>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  static Parts<H, 2> sign_extend(U bytes) {
+    const auto both = bits_as<__m256i>(bytes);
+    return {{bits_as<H>(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(both))),
+             bits_as<H>(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(both, 1)))}};
+  }
+  static U join_bytes(const Parts<U, 4>& wide) {
+    auto part = [&](int p) { return bits_as<__m256i>(wide.part[p]); };
+    const auto low = _mm256_packus_epi32(part(0), part(1)), high = _mm256_packus_epi32(part(2), part(3));
+    // Packing works within halves of 16 bytes: those now hold 4 bytes of each part.
+    const auto order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return bits_as<U>(_mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
   }
 };
 

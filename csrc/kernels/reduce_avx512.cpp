@@ -6,24 +6,48 @@
 namespace cofire {
 namespace {
 
+struct Halves {
+  __m256i part[2];
+};
+
+struct Quarters {
+  __m128i part[4];
+};
+
 struct Avx512 {
-  static constexpr size_t width = 16;
   static constexpr bool has_f16c = true;
   typedef float F __attribute__((vector_size(64)));
   typedef int32_t S __attribute__((vector_size(64)));
   typedef uint32_t U __attribute__((vector_size(64)));
-  typedef uint16_t H __attribute__((vector_size(32)));
-  typedef uint8_t B __attribute__((vector_size(16)));
+  typedef uint16_t H __attribute__((vector_size(64)));
+  typedef double D __attribute__((vector_size(64)));
+  typedef int64_t L __attribute__((vector_size(64)));
+  typedef uint64_t M __attribute__((vector_size(64)));
 
   // The forms with a mask, here of all lanes: GCC 12 warns that the others read what was never set.
   static constexpr uint16_t all = 0xffff;
 
-  static H narrow16(U wide) { return bits_as<H>(_mm512_maskz_cvtepi32_epi16(all, bits_as<__m512i>(wide))); }
-  static B narrow8(U wide) { return bits_as<B>(_mm512_maskz_cvtepi32_epi8(all, bits_as<__m512i>(wide))); }
-  static F from_f16(H half) { return bits_as<F>(_mm512_maskz_cvtph_ps(all, bits_as<__m256i>(half))); }
-  static H to_f16(F value) {
+  static Parts<F, 2> from_f16(H half) {
+    const auto halves = bits_as<Halves>(half);
+    return {{bits_as<F>(_mm512_maskz_cvtph_ps(all, halves.part[0])),
+             bits_as<F>(_mm512_maskz_cvtph_ps(all, halves.part[1]))}};
+  }
+  static H to_f16(const Parts<F, 2>& value) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return bits_as<H>(_mm512_maskz_cvtps_ph(all, bits_as<__m512>(value), nearest));
+    const Halves halves = {{_mm512_maskz_cvtps_ph(all, bits_as<__m512>(value.part[0]), nearest),
+                                       _mm512_maskz_cvtps_ph(all, bits_as<__m512>(value.part[1]), nearest)}};
+    return bits_as<H>(halves);
+  }
+  static Parts<H, 2> sign_extend(U bytes) {
+    const auto halves = bits_as<Halves>(bytes);
+    return {{bits_as<H>(_mm512_cvtepi8_epi16(halves.part[0])), bits_as<H>(_mm512_cvtepi8_epi16(halves.part[1]))}};
+  }
+  static U join_bytes(const Parts<U, 4>& wide) {
+    Quarters quarters;
+    for (int p = 0; p < 4; ++p) {
+      quarters.part[p] = _mm512_maskz_cvtepi32_epi8(all, bits_as<__m512i>(wide.part[p]));
+    }
+    return bits_as<U>(quarters);
   }
 };
 

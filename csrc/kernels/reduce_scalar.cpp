@@ -5,16 +5,14 @@ namespace cofire {
 namespace {
 
 struct Portable {
-  static constexpr size_t width = 4;
   static constexpr bool has_f16c = false;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t S __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
-  typedef uint16_t H __attribute__((vector_size(8)));
-  typedef uint8_t B __attribute__((vector_size(4)));
-
-  static H narrow16(U wide) { return __builtin_convertvector(wide, H); }
-  static B narrow8(U wide) { return __builtin_convertvector(wide, B); }
+  typedef uint16_t H __attribute__((vector_size(16)));
+  typedef double D __attribute__((vector_size(16)));
+  typedef int64_t L __attribute__((vector_size(16)));
+  typedef uint64_t M __attribute__((vector_size(16)));
 };
 
 }  // namespace

@@ -11,8 +11,8 @@ struct Task {
   void* target;
   const void* const* sources;
   size_t num_sources;
-  size_t count;
-  double divisor;  // 1 unless op is average
+  size_t size_bytes;  // of each source
+  double divisor;  // 1 unless the operation is the average
 };
 
 void reduce_scalar(const Task& task);
