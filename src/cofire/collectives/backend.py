@@ -7,7 +7,8 @@ NCCL for CUDA tensors of a group of backend ``cpu:hfreduce,cuda:nccl``. Both tak
 of a group end in the order in which they were issued; send and receive do not wait for it, since they would wait for
 each other. ``work.py`` says more on order.
 
-Left out: the timeout of a single operation (the group's holds), ``split_group`` (makes a gloo group), ``PREMUL_SUM``.
+Left out: the timeout of a single operation (the group's holds, as it was made or :meth:`HFReduceGroup.set_timeout`
+changed it), ``split_group`` (makes a gloo group), ``PREMUL_SUM``.
 """
 
 # PyTorch's methods are overloads, whose forms agree on neither names nor order; one signature takes all of them.
@@ -345,6 +346,9 @@ class HFReduceGroup(ProcessGroup):
         self, calls: Sequence[Callable[[], Any]], tensors: Sequence[Tensor], opts: Any = None
     ) -> HFReduceWork:
         def run() -> None:
+            failure = self._queue.failure or self._engine.failure
+            if failure is not None:
+                raise CollectiveError(f"this group failed before: {failure}; make a new one")
             for call in calls:
                 self._wait_for(call())
 
@@ -379,6 +383,8 @@ class HFReduceGroup(ProcessGroup):
         return self._get_backend(device)
 
     def _all_gather(self, outputs: Sequence[Tensor], given: Tensor) -> None:
+        if any(row.dtype != given.dtype for row in outputs):
+            raise CollectiveError(f"{given.dtype} is not gathered into {outputs[0].dtype}; give rows of one type")
         rows = _as_one(outputs)
         whole = torch.empty(sum(row.numel() for row in outputs), dtype=given.dtype) if rows is None else rows
         self._engine.all_gather(_as_movable(whole), _as_movable(_to_memory(given)))

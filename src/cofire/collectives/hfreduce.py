@@ -311,6 +311,11 @@ class HFReduce:
         else:
             self._run(Kind.BARRIER, None, None, 0)
 
+    @property
+    def failure(self) -> str | None:
+        """Why the group is of no use any more."""
+        return self._failure
+
     def abort(self, message: str) -> None:
         """Make this group raise, here and on the other ranks of the node, now and in every later call."""
         self._failure = self._failure or message

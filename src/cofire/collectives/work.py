@@ -61,7 +61,9 @@ class HFReduceWork(Work):
             future = self._future
             self._changed.notify_all()
         if future is not None:
-            self._complete(future)
+            # On a thread of its own: a callback may issue operations of this group and wait for them, as PowerSGD's
+            # does, and the queue's thread is the one that would run them.
+            threading.Thread(target=self._complete, args=(future,), name="hfreduce-callback", daemon=True).start()
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait for the operation to end.
@@ -84,7 +86,7 @@ class HFReduceWork(Work):
         return True
 
     def get_future(self) -> Future[list[torch.Tensor]]:
-        """Return a future of the output tensors; the thread that ran the operation completes it."""
+        """Return a future of the output tensors; its callbacks may issue operations and wait for them."""
         with self._changed:
             if self._future is not None:
                 return self._outcome
@@ -180,10 +182,6 @@ class OperationQueue:
                 self._changed.notify_all()
         if runs_here:
             self._execute(work)
-        elif not asynchronous and self.is_own_thread:
-            # The callback of a future waits for its own operation: nobody else would run what is before it.
-            while not work.is_completed():
-                self._execute(self._take())
         return work
 
     def abort(self, message: str) -> None:
