@@ -26,11 +26,14 @@ from cofire.collectives.options import HFReduceOptions
 from cofire.collectives.schedule import NodeProgram, all_reduce_program, choose_algorithm, rooted_program
 from cofire.collectives.shm import Collective, Kind, Segment, SegmentLayout, check_operation, new_segment_path
 from cofire.collectives.transport import FailureBoard, Transport
+from cofire.collectives.tuning import available_cores, choose, load_calibration
 from cofire.errors import CollectiveError
 
 _SPIN_S = 50e-6
 # Below this, starting threads costs more than they save.
 _LANES_FROM_BYTES = 1 << 20
+# Sizes are chosen for data that no cache holds.
+_CHOICE_BYTES = 64 << 20
 # Between nodes: chunks, and what the choice of an algorithm takes for the network; the same on all ranks.
 _CHUNK_BYTES = 256 << 10
 _LEAST_CHUNK_BYTES = 16 << 10
@@ -213,12 +216,12 @@ class HFReduce:
 
     def _share_memory(self, store: Store) -> Segment:
         """Make the node's segment or map it; its name is gone when all have."""
-        here, cores = self.placement, len(os.sched_getaffinity(0))
-        local = len(here.neighbours)
-        between = len(here.nodes) > 1
-        lanes = 1 if between else self.options.num_threads or max(1, min(8, cores // local))
-        slots = self._most_slots() if between else self.options.num_slots or 4
-        layout = SegmentLayout(self.options.chunk_bytes or _CHUNK_BYTES, slots, lanes)
+        here, cores, local = self.placement, available_cores(), len(self.placement.neighbours)
+        if len(here.nodes) > 1:
+            layout = SegmentLayout(self.options.chunk_bytes or _CHUNK_BYTES, self._most_slots(), 1)
+        else:
+            chunk_bytes, num_threads = self._choose(store, local, cores)
+            layout = SegmentLayout(chunk_bytes, self.options.num_slots or 4, num_threads)
         spin_s = (_SPIN_S if local <= cores else 0.0) if self.options.spin_us is None else self.options.spin_us * 1e-6
         key = f"segment/{here.node}"
         if here.is_leader:
@@ -234,6 +237,24 @@ class HFReduce:
             if here.is_leader:
                 path.unlink(missing_ok=True)
         return segment
+
+    def _choose(self, store: Store, num_ranks: int, cores: int) -> tuple[int, int]:
+        """Return the bytes of a chunk and the threads of a rank: rank 0's choice, since calibrations may differ."""
+        if self.rank == 0:
+            options = self.options
+            choice = choose(
+                num_ranks,
+                cores,
+                _CHOICE_BYTES,
+                load_calibration(),
+                chunk_bytes=options.chunk_bytes,
+                num_threads=options.num_threads,
+            )
+            # The model has one cache; measured, chunks that leave a core's second level are slower than it says.
+            chunk_bytes = options.chunk_bytes or min(choice.chunk_bytes, _CHUNK_BYTES)
+            store.set("choice", f"{chunk_bytes} {choice.num_threads}")
+        chunk_bytes, num_threads = bytes(store.get("choice")).decode().split()
+        return int(chunk_bytes), int(num_threads)
 
     def _connect_nodes(self, store: Store) -> Leader:
         """Connect this leader with the other nodes'."""
