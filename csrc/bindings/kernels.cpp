@@ -25,7 +25,9 @@ void check_kernel(int isa, int element, int op) {
     refuse("instruction set " + std::to_string(isa) + " is not of this processor; the widest is best_isa() = " +
            std::to_string(int(cofire::best_isa())));
   }
-  if (!cofire::element_size(Element(element))) refuse("element type " + std::to_string(element) + " is not one of 0 to 7");
+  if (!cofire::element_size(Element(element))) {
+    refuse("element type " + std::to_string(element) + " is unknown; give 0 to 7");
+  }
   if (!cofire::is_supported(Element(element), Op(op))) {
     refuse("operation " + std::to_string(op) + " is not for element type " + std::to_string(element) +
            "; those of bits (5 to 7) are for integers (6, 7), all others 0 to 4");
@@ -34,7 +36,9 @@ void check_kernel(int isa, int element, int op) {
 
 void check_divisor(Element element, Op op, double divisor) {
   if (op != Op::average) return;
-  if (!std::isfinite(divisor) || divisor <= 0) refuse("divisor " + std::to_string(divisor) + " is not above 0; give the number of ranks");
+  if (!std::isfinite(divisor) || divisor <= 0) {
+    refuse("divisor " + std::to_string(divisor) + " is not a number above 0; give the number of ranks");
+  }
   if (is_integer(element) && (divisor != std::floor(divisor) || divisor >= 0x1p63)) {
     refuse("divisor " + std::to_string(divisor) + " of integers is not whole; give the number of ranks");
   }
@@ -52,7 +56,7 @@ void check_memory(uintptr_t target, const std::vector<uintptr_t>& sources, int64
     if (!source) refuse("a source has no address; give memory of " + std::to_string(bytes) + " bytes");
     const uint64_t apart = source > target ? source - target : target - source;
     if (apart && apart < bytes) {
-      refuse("target and source overlap, " + std::to_string(apart) + " bytes apart; give the same address or separate memory");
+      refuse("target and source overlap, " + std::to_string(apart) + " bytes apart; give one address or separate memory");
     }
   }
 }
@@ -74,7 +78,9 @@ void reduce(int isa, int element, int op, uintptr_t target, const std::vector<ui
 void bind_kernels(nb::module_& module) {
   module.def("reduce", &reduce, "isa"_a, "element"_a, "op"_a, "target"_a, "sources"_a, "count"_a, "divisor"_a = 1.0);
   module.def("element_size", [](int element) { return cofire::element_size(Element(element)); }, "element"_a);
-  module.def("is_supported", [](int element, int op) { return cofire::is_supported(Element(element), Op(op)); }, "element"_a, "op"_a);
+  module.def(
+      "is_supported", [](int element, int op) { return cofire::is_supported(Element(element), Op(op)); }, "element"_a,
+      "op"_a);
   module.def("has_isa", [](int isa) { return cofire::has_isa(Isa(isa)); }, "isa"_a);
   module.def("best_isa", [] { return int(cofire::best_isa()); });
 }

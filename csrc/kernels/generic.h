@@ -6,14 +6,16 @@
 // A variant V says how long vectors are and may have faster ways than the integer routines below:
 //   F, S, U, H    vectors of floats, signed and unsigned 32-bit and unsigned 16-bit integers, all of one length
 //   D, L, M       vectors of doubles, signed and unsigned 64-bit integers, of that length too
-//   has_f16c      whether it has the four functions that follow, which keep the order of the elements
-//   from_f16      two F of an H;  to_f16, an H of two F
+//   has_f16c      whether it has what follows, which keeps the order of the elements
+//   Short         half an H
+//   from_f16      an F of a Short;  to_f16, the reverse
+//   halves        two Short of an H
 //   sign_extend   two H of a vector of bytes, held as U
 //   join_bytes    a vector of bytes, held as U, of the low bytes of four U
 //
-// One vector of memory holds 1, 2 or 4 elements per float and so becomes as many vectors of floats. Which element
-// lands in which does not matter, as long as it comes back to its place: without F16C, and for bf16, the elements of one
-// 32-bit lane stay in that lane, so that nothing has to cross it.
+// One vector of memory holds 1, 2 or 4 elements per float and so becomes as many vectors of floats. Which element lands
+// in which does not matter, as long as it comes back to its place: without F16C, and for bf16, the elements of a 32-bit
+// lane stay in that lane, so that nothing has to cross it.
 #pragma once
 
 #include <cstring>
@@ -154,28 +156,30 @@ struct InLanes {
   }
 };
 
+template <class V, bool has_f16c>
+struct Half;
+
+// F16C converts while it loads and stores, so that half a vector is best.
 template <class V>
-struct F16 : InFloat<V, typename V::U, 2> {
-  using F = typename V::F;
-  using U = typename V::U;
-  using Slow = InLanes<V, Minifloat<V, 5, 10, 0x7c00, 0x7e00>, 2>;
-  static Parts<F, 2> decode(U raw) {
-    if constexpr (V::has_f16c) {
-      return V::from_f16(bits_as<typename V::H>(raw));
-    } else {
-      return Slow::decode(raw);
-    }
-  }
-  static U encode(const Parts<F, 2>& value) {
-    if constexpr (V::has_f16c) {
-      return bits_as<U>(V::to_f16(value));
-    } else {
-      return Slow::encode(value);
-    }
-  }
+struct Half<V, true> : InFloat<V, typename V::Short, 1> {
+  using Acc = Parts<typename V::F, 1>;
+  static Acc decode(typename V::Short raw) { return {{V::from_f16(raw)}}; }
+  static typename V::Short encode(const Acc& value) { return V::to_f16(value.part[0]); }
 };
 
-// Types of one byte: through fp16, of which e5m2 is the upper half, and back with integers, since rounding twice is wrong.
+template <class V>
+struct Half<V, false> : InFloat<V, typename V::U, 2> {
+  using Lanes = InLanes<V, Minifloat<V, 5, 10, 0x7c00, 0x7e00>, 2>;
+  using Acc = Parts<typename V::F, 2>;
+  static Acc decode(typename V::U raw) { return Lanes::decode(raw); }
+  static typename V::U encode(const Acc& value) { return Lanes::encode(value); }
+};
+
+template <class V>
+using F16 = Half<V, V::has_f16c>;
+
+// Types of one byte: to fp32 by way of fp16, of which e5m2 is the upper half; back with integers, as rounding twice is
+// wrong.
 template <class V, class Format, class ToHalf>
 struct OneByte : InFloat<V, typename V::U, 4> {
   using F = typename V::F;
@@ -185,17 +189,18 @@ struct OneByte : InFloat<V, typename V::U, 4> {
   static Parts<F, 4> decode(U raw) {
     if constexpr (V::has_f16c) {
       const auto wide = V::sign_extend(raw);
-      const auto low = V::from_f16(ToHalf::half(wide.part[0])), high = V::from_f16(ToHalf::half(wide.part[1]));
-      return {{low.part[0] * ToHalf::scale, low.part[1] * ToHalf::scale, high.part[0] * ToHalf::scale,
-               high.part[1] * ToHalf::scale}};
+      const auto low = V::halves(ToHalf::half(wide.part[0])), high = V::halves(ToHalf::half(wide.part[1]));
+      return {{V::from_f16(low.part[0]) * ToHalf::scale, V::from_f16(low.part[1]) * ToHalf::scale,
+               V::from_f16(high.part[0]) * ToHalf::scale, V::from_f16(high.part[1]) * ToHalf::scale}};
     } else {
       return InLanes<V, Format, 4>::decode(raw);
     }
   }
   static U encode(const Parts<F, 4>& value) {
     if constexpr (V::has_f16c) {
-      return V::join_bytes({{Format::encode(value.part[0]), Format::encode(value.part[1]), Format::encode(value.part[2]),
-                             Format::encode(value.part[3])}});
+      Parts<U, 4> bytes;
+      for (int p = 0; p < 4; ++p) bytes.part[p] = Format::encode(value.part[p]);
+      return V::join_bytes(bytes);
     } else {
       return InLanes<V, Format, 4>::encode(value);
     }
@@ -275,8 +280,8 @@ struct Product {
   }
 };
 
-// `a < b ? a : b` is b where the two compare equal or not at all. Both orders of arguments together tell the zeros apart
-// (or, and: -0, +0) and keep a NaN of either, since or leaves a NaN's exponent full and its mantissa other than zero.
+// `a < b ? a : b` is b where the two compare equal or not at all. Both orders of arguments together tell the zeros
+// apart (or, and: -0, +0) and keep a NaN of either, since or leaves a NaN's exponent full and its mantissa not zero.
 struct Min {
   template <class T, class A>
   static A apply(A a, A b) {
@@ -335,7 +340,7 @@ inline typename T::Raw round(typename T::Acc& acc, double divisor) {
   return T::encode(acc);
 }
 
-// `num_vectors` vectors at byte `at` of each source; `fixed` is the number of sources where the compiler should know it.
+// `num_vectors` vectors at byte `at` of each source; `fixed` is the number of sources where the compiler is to know it.
 template <class T, class O, int num_vectors, size_t fixed>
 inline void reduce_block(const Task& task, size_t at) {
   using Raw = typename T::Raw;

@@ -15,18 +15,16 @@ struct Avx2 {
   typedef double D __attribute__((vector_size(32)));
   typedef int64_t L __attribute__((vector_size(32)));
   typedef uint64_t M __attribute__((vector_size(32)));
+  typedef uint16_t Short __attribute__((vector_size(16)));
 
   // F16C does not mind how MXCSR treats denormals; the caller has made NaN canonical.
-  static Parts<F, 2> from_f16(H half) {
-    const auto both = bits_as<__m256i>(half);
-    return {{bits_as<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(both))),
-             bits_as<F>(_mm256_cvtph_ps(_mm256_extracti128_si256(both, 1)))}};
+  static F from_f16(Short half) { return bits_as<F>(_mm256_cvtph_ps(bits_as<__m128i>(half))); }
+  static Short to_f16(F value) {
+    return bits_as<Short>(_mm256_cvtps_ph(bits_as<__m256>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static H to_f16(const Parts<F, 2>& value) {
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    const auto low = _mm256_cvtps_ph(bits_as<__m256>(value.part[0]), nearest);
-    const auto high = _mm256_cvtps_ph(bits_as<__m256>(value.part[1]), nearest);
-    return bits_as<H>(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+  static Parts<Short, 2> halves(H whole) {
+    const auto both = bits_as<__m256i>(whole);
+    return {{bits_as<Short>(_mm256_castsi256_si128(both)), bits_as<Short>(_mm256_extracti128_si256(both, 1))}};
   }
   static Parts<H, 2> sign_extend(U bytes) {
     const auto both = bits_as<__m256i>(bytes);

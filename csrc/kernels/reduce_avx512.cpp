@@ -23,21 +23,17 @@ struct Avx512 {
   typedef double D __attribute__((vector_size(64)));
   typedef int64_t L __attribute__((vector_size(64)));
   typedef uint64_t M __attribute__((vector_size(64)));
+  typedef uint16_t Short __attribute__((vector_size(32)));
 
   // The forms with a mask, here of all lanes: GCC 12 warns that the others read what was never set.
   static constexpr uint16_t all = 0xffff;
 
-  static Parts<F, 2> from_f16(H half) {
-    const auto halves = bits_as<Halves>(half);
-    return {{bits_as<F>(_mm512_maskz_cvtph_ps(all, halves.part[0])),
-             bits_as<F>(_mm512_maskz_cvtph_ps(all, halves.part[1]))}};
-  }
-  static H to_f16(const Parts<F, 2>& value) {
+  static F from_f16(Short half) { return bits_as<F>(_mm512_maskz_cvtph_ps(all, bits_as<__m256i>(half))); }
+  static Short to_f16(F value) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    const Halves halves = {{_mm512_maskz_cvtps_ph(all, bits_as<__m512>(value.part[0]), nearest),
-                                       _mm512_maskz_cvtps_ph(all, bits_as<__m512>(value.part[1]), nearest)}};
-    return bits_as<H>(halves);
+    return bits_as<Short>(_mm512_maskz_cvtps_ph(all, bits_as<__m512>(value), nearest));
   }
+  static Parts<Short, 2> halves(H whole) { return bits_as<Parts<Short, 2>>(whole); }
   static Parts<H, 2> sign_extend(U bytes) {
     const auto halves = bits_as<Halves>(bytes);
     return {{bits_as<H>(_mm512_cvtepi8_epi16(halves.part[0])), bits_as<H>(_mm512_cvtepi8_epi16(halves.part[1]))}};
