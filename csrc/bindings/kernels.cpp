@@ -56,7 +56,7 @@ void check_memory(uintptr_t target, const std::vector<uintptr_t>& sources, int64
     if (!source) refuse("a source has no address; give memory of " + std::to_string(bytes) + " bytes");
     const uint64_t apart = source > target ? source - target : target - source;
     if (apart && apart < bytes) {
-      refuse("target and source overlap, " + std::to_string(apart) + " bytes apart; give one address or separate memory");
+      refuse("target and source overlap, " + std::to_string(apart) + " bytes apart; give one address or two memories");
     }
   }
 }
