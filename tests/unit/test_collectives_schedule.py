@@ -47,7 +47,7 @@ class Interpreter:
     published yet, those before it included.
     """
 
-    def __init__(self, programs: list[NodeProgram], num_chunks: int, window: int, seed: int, ahead: int = 0):
+    def __init__(self, programs: list[NodeProgram], num_chunks: int, window: int, seed: int, apart: int = 0):
         self.programs, self.num_chunks, self.window, self.rng = programs, num_chunks, window, random.Random(seed)
         self.period = programs[0].period
         self.sent: Counter[tuple[int, int]] = Counter()
@@ -57,7 +57,7 @@ class Interpreter:
         self.flying: defaultdict[Way, deque[int]] = defaultdict(deque)
         self.loops = {
             (node, is_down): deque(
-                program.broadcast_steps(num_chunks) if is_down else program.reduce_steps(num_chunks, ahead)
+                program.broadcast_steps(num_chunks, apart) if is_down else program.reduce_steps(num_chunks, apart)
             )
             for node, program in enumerate(programs)
             for is_down in (False, True)
@@ -127,13 +127,13 @@ SHAPES = st.tuples(st.integers(1, 24) | st.sampled_from([31, 32, 33, 48, 63, 64]
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.sampled_from(["double_tree", "ring", "zoned"]), st.integers(0, 10**6), st.integers(0, 4))
-def test_every_node_ends_with_every_sum_in_any_order_of_arrival_with_the_fewest_buffers(shape, name, seed, ahead):
+def test_every_node_ends_with_every_sum_in_any_order_of_arrival_with_the_fewest_buffers(shape, name, seed, apart):
     num_nodes, num_chunks = shape
     zones = tuple("ab"[node % 3 == 1] for node in range(num_nodes)) if name == "zoned" else ()
     algorithm = "ring" if name == "ring" else "double_tree"
     programs = [all_reduce_program(algorithm, num_nodes, node, zones) for node in range(num_nodes)]
     period = programs[0].period
-    run = Interpreter(programs, num_chunks, (1 + ahead) * period, seed, ahead)
+    run = Interpreter(programs, num_chunks, (1 + 2 * apart) * period, seed, apart)
     run.run()
     for chunk in range(num_chunks):
         expected = sum(run.value(node, chunk) for node in range(num_nodes))

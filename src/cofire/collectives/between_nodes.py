@@ -32,8 +32,8 @@ from cofire.errors import CollectiveError
 # Bytes that a node's peer may send ahead of what the node has dealt with, of each pass.
 _WINDOW_BYTES = 4 << 20
 _WINDOW_CHUNKS = (2, 16)
-# Rounds by which a node sends what it need not wait for before what it must.
-_ROUNDS_AHEAD = 4
+# Rounds by which a node sends what it need not wait for before what it must, and takes what it need not send on after.
+_ROUNDS_APART = 4
 
 _HEADER = struct.Struct("<8s q i i i i q q d q")
 _MAGIC = b"cofire 1"
@@ -240,8 +240,10 @@ class Exchange:
         low, high = _WINDOW_CHUNKS
         self._window = max(low, min(high, _WINDOW_BYTES // chunk_bytes))
         # One round is being worked on, one may wait until its last chunk was sent.
-        rounds = (chunks.num_slots if chunks.num_slots < chunks.num_chunks else 1 << 30) // program.period
-        self._rounds_ahead = max(0, min(rounds - 2, _ROUNDS_AHEAD))
+        has_all = chunks.num_slots >= chunks.num_chunks
+        spare = 2 * _ROUNDS_APART if has_all else max(0, chunks.num_slots // program.period - 2)
+        self._ahead, self._behind = min(_ROUNDS_APART, -(-spare // 2)), min(_ROUNDS_APART, spare // 2)
+        self._results_max = self._window if has_all else 1
         self.error: str | None = None
 
     def fail(self, message: str) -> None:
@@ -325,8 +327,8 @@ class Exchange:
         # Whoever gets a result of an all-reduce has sent its sum: its buffer is free before it is received into. In a
         # reduce to a root, a later chunk may need the very buffer that is being sent.
         sums = _Sends(self._window, None) if program.shares else _Sends(1, self._sent.mark)
-        results = _Sends(1, self._sent.mark)
-        for chunk, step in program.reduce_steps(chunks.num_chunks, self._rounds_ahead):
+        results = _Sends(self._results_max, self._sent.mark)
+        for chunk, step in program.reduce_steps(chunks.num_chunks, self._ahead):
             chunks.wait_reduced(chunk)
             buffer = chunks.buffer(chunk)
             complete = step.send_to is None
@@ -363,9 +365,9 @@ class Exchange:
     def _down(self) -> None:
         """Receive results into their buffers and send them on."""
         program, chunks, transport = self._program, self._chunks, self._transport
-        later = program.broadcast_steps(chunks.num_chunks)
+        later = program.broadcast_steps(chunks.num_chunks, self._behind)
         posted: deque[tuple[torch.Tensor, Pending]] = deque()
-        sends = _Sends(1, self._sent.mark)
+        sends = _Sends(self._results_max, self._sent.mark)
 
         def post() -> None:
             following = next(later, None)
@@ -381,7 +383,7 @@ class Exchange:
         # A broadcast's buffer is free when an earlier chunk is through, which may need what is posted here.
         for _ in range(self._window if program.adds else 2):
             post()
-        for chunk, step in program.broadcast_steps(chunks.num_chunks):
+        for chunk, step in program.broadcast_steps(chunks.num_chunks, self._behind):
             buffer, pending = posted.popleft()
             pending.wait()
             self._published.mark(chunk)

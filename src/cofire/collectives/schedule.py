@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -105,24 +105,34 @@ class NodeProgram:
         """
         free = tuple(step for step in self.reduce if not step.receive_from)
         bound = tuple(step for step in self.reduce if step.receive_from)
-        num_rounds = -(-num_chunks // self.period)
-        if not rounds_ahead or not bound:
-            order = ((nth, self.reduce) for nth in range(num_rounds))
-        else:
-            later = range(-rounds_ahead, num_rounds)
-            order = (part for nth in later for part in ((nth + rounds_ahead, free), (nth, bound)))
-        for nth, steps in order:
+        return _in_rounds(num_chunks, self.period, free, bound, rounds_ahead if free and bound else 0)
+
+    def broadcast_steps(self, num_chunks: int, rounds_behind: int = 0) -> Iterator[tuple[int, BroadcastStep]]:
+        """Yield each chunk of a collective with its step on the way down, in the order of doing.
+
+        Args:
+            num_chunks: Of the collective.
+            rounds_behind: By which steps that send nothing come after the others, so that nobody waits for a result
+                because this node waits for another. A node then needs buffers for as many rounds more.
+        """
+        inner = tuple(step for step in self.broadcast if step.send_to)
+        last = tuple(step for step in self.broadcast if not step.send_to)
+        return _in_rounds(num_chunks, self.period, inner, last, rounds_behind if inner and last else 0)
+
+
+_Step = TypeVar("_Step", ReduceStep, BroadcastStep)
+
+
+def _in_rounds(
+    num_chunks: int, period: int, early: tuple[_Step, ...], late: tuple[_Step, ...], rounds_between: int
+) -> Iterator[tuple[int, _Step]]:
+    """Yield chunks and steps round by round, ``early`` ones some rounds before ``late`` ones."""
+    for nth in range(-rounds_between, -(-num_chunks // period)):
+        for start, steps in ((nth + rounds_between, early), (nth, late)):
             for step in steps:
-                chunk = nth * self.period + step.chunk
+                chunk = start * period + step.chunk
                 if 0 <= chunk < num_chunks:
                     yield chunk, step
-
-    def broadcast_steps(self, num_chunks: int) -> Iterator[tuple[int, BroadcastStep]]:
-        """Yield each chunk of a collective with its step on the way down, in the order of doing."""
-        for start in range(0, num_chunks, self.period):
-            for step in self.broadcast:
-                if start + step.chunk < num_chunks:
-                    yield start + step.chunk, step
 
 
 def node_program(round_messages: Messages, node: int) -> NodeProgram:
