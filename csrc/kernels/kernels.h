@@ -3,10 +3,9 @@
 // The rule that every variant obeys, bit for bit (Fire-Flyer, arXiv 2408.14158, IV-A, "inside a node"):
 //   acc = source 0; acc = acc OP source s for s = 1, 2, ...; result = round(acc / divisor), once.
 // acc is fp32 for fp32, fp16, bf16, e4m3 and e5m2; fp64 for fp64; the type itself, wrapping around, for integers. The
-// divisor and the quotient are of acc's type too. Rounding is to nearest even. A NaN result is the canonical quiet NaN of
-// the type: 0x7fc00000, 0x7ff8000000000000, 0x7e00 (fp16), 0x7fc0 (bf16), 0x7f (e4m3 and e5m2). Minimum and maximum
-// return NaN where any source is NaN, and order -0 below +0. e4m3 (fn) has no infinity: what rounds beyond 448 becomes
-// NaN.
+// divisor and the quotient are of acc's type too. Rounding is to nearest even. A NaN result is one quiet NaN per type:
+// 0x7fc00000, 0x7ff8000000000000, 0x7e00 (fp16), 0x7fc0 (bf16), 0x7f (e4m3 and e5m2). Minimum and maximum return NaN
+// where any source is NaN, and order -0 below +0. e4m3 (fn) has no infinity: what rounds beyond 448 becomes NaN.
 #pragma once
 
 #include <cstddef>

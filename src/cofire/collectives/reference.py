@@ -1,10 +1,10 @@
 """Reductions, slow and obvious: what each kernel of ``csrc/kernels`` must return, bit for bit.
 
 The rule (Fire-Flyer, arXiv 2408.14158, IV-A, the sum inside a node): ``acc = source 0``, then ``acc = acc OP source s``
-for each further source in order, and ``result = round(acc / divisor)`` once, at the end. ``acc`` is fp32 for fp32, fp16,
-bf16, e4m3 and e5m2, fp64 for fp64, and the type itself, which wraps around, for integers; the divisor is of ``acc``'s type.
-Rounding is to nearest even. A NaN result is one fixed NaN. Minimum and maximum return NaN where any source is NaN, and
-order -0 below +0. e4m3 has no infinity: what rounds beyond 448 is NaN.
+for each further source in order, and ``result = round(acc / divisor)`` once, at the end. ``acc`` is fp32 for fp32,
+fp16, bf16, e4m3 and e5m2, fp64 for fp64, and the type itself, which wraps around, for integers; the divisor is of the
+type of ``acc``. Rounding is to nearest even. A NaN result is one fixed NaN. Minimum and maximum return NaN where any
+source is NaN, and order -0 below +0. e4m3 has no infinity: what rounds beyond 448 is NaN.
 
 fp16, bf16, e4m3 and e5m2 are numpy arrays of their bits. Imports no PyTorch. Left out: speed.
 """
@@ -103,10 +103,12 @@ def encode(element: Element, values: np.ndarray) -> np.ndarray:
         ``[n]`` of ``STORAGE[element]``.
     """
     form = MINI_FORMATS[element]
-    magnitude = np.abs(values.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # A NaN that is not quiet.
+        magnitude = np.abs(values.astype(np.float64))
     finite = np.where(np.isfinite(magnitude), magnitude, 0.0)
-    # frexp has numbers in [0.5, 1): an exponent one too large. Zero's does not matter.
-    exponent = np.maximum(np.frexp(finite)[1] - 1, form.smallest_exponent)
+    # frexp has numbers in [0.5, 1): an exponent one too large. Zero is among the smallest.
+    exponent = np.where(finite > 0, np.frexp(finite)[1] - 1, form.smallest_exponent)
+    exponent = np.maximum(exponent, form.smallest_exponent)
     places = np.rint(np.ldexp(finite, form.mantissa_bits - exponent)).astype(np.int64)
     # The implicit 1 of a normal number, and a carry to the next power of two, both add 1 to the exponent.
     bits = places + ((exponent - form.smallest_exponent).astype(np.int64) << form.mantissa_bits)
