@@ -187,10 +187,10 @@ void Segment::await(Flag& flag, uint32_t target, uint32_t rank, const char* what
     if (flag.wait(target, spin, slice)) return;
     spin = std::chrono::nanoseconds(0);
     if (aborted()) throw CollectiveFailure(abort_message());
-    if (on_idle && std::this_thread::get_id() == caller_) on_idle();
+    if (on_idle && std::this_thread::get_id() == caller_.load()) on_idle();
     const std::string name = rank < layout_.num_ranks ? "rank " + std::to_string(names_[rank]) : "the exchange between nodes";
-    if (rank < layout_.num_ranks && !is_alive(rank) && !flag.has(target)) fail(name + " has gone during " + now_);
-    if (Clock::now() >= deadline) fail(name + " has not " + what + " in time in " + now_ + "; it may be stuck, or the timeout too short");
+    if (rank < layout_.num_ranks && !is_alive(rank) && !flag.has(target)) fail(name + " has gone during " + now());
+    if (Clock::now() >= deadline) fail(name + " has not " + what + " in time in " + now() + "; it may be stuck, or the timeout too short");
   }
 }
 
@@ -199,10 +199,16 @@ void Segment::await_all(uint32_t lane, int phase, uint64_t step, const char* wha
     if (rank != rank_) await(flag(lane, rank, phase), static_cast<uint32_t>(step), rank, what, deadline);
 }
 
+std::string Segment::now() const {
+  const std::lock_guard lock(now_mutex_);
+  return now_;
+}
+
 void Segment::describe(const Call& call) {
   if (aborted()) throw CollectiveFailure(abort_message());
   Description& mine = control(rank_).calls[calls_ % 2];
   mine = {calls_, call.count, call.kind, call.element, call.op, call.root, call.divisor, call.num_lanes, call.network};
+  const std::lock_guard lock(now_mutex_);
   now_ = mine.text();
 }
 
@@ -370,7 +376,7 @@ void Segment::run(const Call& call) {
       abort(error.what());  // the other lanes must not wait for this one
     } catch (...) {
       errors[lane] = std::current_exception();
-      abort("rank " + std::to_string(names_[rank_]) + " was interrupted during " + now_);
+      abort("rank " + std::to_string(names_[rank_]) + " was interrupted during " + now());
     }
   };
   for (uint32_t lane = 1; lane < lanes; ++lane) threads.emplace_back(work, lane);

@@ -12,6 +12,7 @@
 // A rank holds a lock on a byte of the segment's file for as long as it lives: the kernel drops it however it dies.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -114,6 +115,7 @@ class Segment {
   Flag& exchanged(uint32_t lane) const;
   void await(Flag& flag, uint32_t target, uint32_t rank, const char* what, Clock::time_point deadline);
   void await_all(uint32_t lane, int phase, uint64_t step, const char* what, Clock::time_point deadline);
+  std::string now() const;
   void describe(const Call& call);
   void compare_calls();
   void check_layout() const;
@@ -132,8 +134,9 @@ class Segment {
   uint64_t calls_ = 0;
   std::mutex release_mutex_;
   uint64_t taken_ = 0, sent_ = 0;  // steps of lane 0 whose result was copied back, and sent on
-  std::thread::id caller_;         // who may run on_idle
-  std::string now_;              // what this rank is doing, for messages
+  std::atomic<std::thread::id> caller_;  // who may run on_idle; threads of an exchange wait here too
+  mutable std::mutex now_mutex_;
+  std::string now_;  // what this rank is doing, for messages
 };
 
 }  // namespace cofire
