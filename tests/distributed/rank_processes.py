@@ -17,7 +17,9 @@ from torch.distributed import PrefixStore, TCPStore
 from cofire.collectives.hfreduce import HFReduce
 from cofire.collectives.options import HFReduceOptions
 
-_SPAWN = multiprocessing.get_context("spawn")
+# A server that has imported PyTorch once forks the ranks, so that hundreds of them start in seconds.
+_RANKS = multiprocessing.get_context("forkserver")
+_RANKS.set_forkserver_preload(["torch", "cofire.collectives.hfreduce"])
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ def _work(function: Callable[..., Any], world: World, rank: int, port: int, resu
 def start_ranks(function: Callable[..., Any], world: World, *args: Any) -> tuple[TCPStore, list[Any], Any]:
     """Start the ranks; return the store, which must outlive them, the processes and the queue of their results."""
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    results = _SPAWN.Queue()
+    results = _RANKS.Queue()
     ranks = [
-        _SPAWN.Process(target=_work, args=(function, world, rank, store.port, results, args), daemon=True)
+        _RANKS.Process(target=_work, args=(function, world, rank, store.port, results, args), daemon=True)
         for rank in range(len(world.hosts))
     ]
     for process in ranks:
