@@ -265,6 +265,27 @@ def test_rings_and_zoned_trees_and_roots_give_what_adding_gives():
                 assert found[node][f"reduce {root}"] == given.sum(0).tolist()
 
 
+def narrow(node: Node, algorithm: str, chunk_count: int) -> list[tuple[int, int]]:
+    """Chunks so large that few are on their way, and messages that no socket takes before they are asked for."""
+    found = []
+    for _ in range(2):
+        tensor = torch.full((24 * chunk_count + 3,), node.node + 1, dtype=torch.int32)
+        node.run(all_reduce_program(algorithm, node.num_nodes, node.node), tensor, chunk_count=chunk_count)
+        found.append((int(tensor.min()), int(tensor.max())))
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ["double_tree", "ring"])
+@pytest.mark.parametrize("chunk_count", [256 << 10, 512 << 10])
+def test_nodes_that_send_rounds_ahead_through_narrow_windows_never_wait_for_each_other(
+    algorithm: str, chunk_count: int
+):
+    for num_nodes in (3, 4):
+        total = num_nodes * (num_nodes + 1) // 2
+        found = together(num_nodes, narrow, algorithm, chunk_count)
+        assert list(found.values()) == [[(total, total)] * 2] * num_nodes
+
+
 def disagree(node: Node, what: str) -> None:
     tensor = values(node.node, 500, torch.float32)
     odd = node.node == 3

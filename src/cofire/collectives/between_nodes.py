@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 
 from cofire.collectives.elements import Element, Op
-from cofire.collectives.schedule import NodeProgram
+from cofire.collectives.schedule import BroadcastStep, NodeProgram
 from cofire.collectives.shm import Kind, reduce_into
 from cofire.collectives.transport import FailureBoard, Pending, Transport
 from cofire.errors import CollectiveError
@@ -324,9 +324,11 @@ class Exchange:
         program, chunks, transport = self._program, self._chunks, self._transport
         op, divisor = self._operation.op, self._operation.divisor
         incoming = self._post_below()
-        # Whoever gets a result of an all-reduce has sent its sum: its buffer is free before it is received into. In a
-        # reduce to a root, a later chunk may need the very buffer that is being sent.
-        sums = _Sends(self._window, None) if program.shares else _Sends(1, self._sent.mark)
+        # Whoever gets a result of an all-reduce has sent its sum: its buffer is free before it is received into. A peer
+        # may take a sum that was sent rounds ahead only after others, so that waiting for one here could be for ever.
+        sums = _Sends(
+            chunks.num_chunks if program.shares else self._window, None if program.shares else self._sent.mark
+        )
         results = _Sends(self._results_max, self._sent.mark)
         for chunk, step in program.reduce_steps(chunks.num_chunks, self._ahead):
             chunks.wait_reduced(chunk)
@@ -362,34 +364,43 @@ class Exchange:
         )
         return _Incoming(self._transport, receives, slots)
 
+    def _post_result(
+        self,
+        posted: dict[int, tuple[torch.Tensor, Pending]],
+        following: tuple[int, BroadcastStep],
+        later: Iterator[tuple[int, BroadcastStep]],
+    ) -> tuple[int, BroadcastStep] | None:
+        """Post the receive of a result into its buffer; return the step after it."""
+        chunk, step = following
+        if not self._program.adds:
+            # Nobody waits for a sum of this node before it sends the result, so look for room first.
+            self._chunks.wait_reduced(chunk)
+        buffer = self._chunks.buffer(chunk)
+        posted[chunk] = buffer, self._transport.post_receive(buffer, step.receive_from, self._tag(chunk, 1))
+        return next(later, None)
+
     def _down(self) -> None:
         """Receive results into their buffers and send them on."""
         program, chunks, transport = self._program, self._chunks, self._transport
-        later = program.broadcast_steps(chunks.num_chunks, self._behind)
-        posted: deque[tuple[torch.Tensor, Pending]] = deque()
-        sends = _Sends(self._results_max, self._sent.mark)
-
-        def post() -> None:
-            following = next(later, None)
-            if following is None:
-                return
-            chunk, step = following
-            if not program.adds:
-                # Nobody waits for a sum of this node before it sends the result, so look for room first.
-                chunks.wait_reduced(chunk)
-            buffer = chunks.buffer(chunk)
-            posted.append((buffer, transport.post_receive(buffer, step.receive_from, self._tag(chunk, 1))))
-
+        # Posted round by round, as they are sent, whenever they are taken: else a peer that waits until its send is
+        # taken could wait for this node, and this node for the peer.
+        later = program.broadcast_steps(chunks.num_chunks)
         # A broadcast's buffer is free when an earlier chunk is through, which may need what is posted here.
-        for _ in range(self._window if program.adds else 2):
-            post()
-        for chunk, step in program.broadcast_steps(chunks.num_chunks, self._behind):
-            buffer, pending = posted.popleft()
-            pending.wait()
-            self._published.mark(chunk)
-            tag = self._tag(chunk, 1)
-            sends.add(chunk, [transport.send(buffer, peer, tag) for peer in step.send_to])
-            post()
+        rounds_posted = max(2, self._window // program.period) if program.adds else 2
+        posted: dict[int, tuple[torch.Tensor, Pending]] = {}
+        sends = _Sends(self._results_max, self._sent.mark)
+        following, reached = next(later, None), -1
+        for taken in (None, *program.broadcast_steps(chunks.num_chunks, self._behind)):
+            if taken is not None:
+                chunk, step = taken
+                buffer, pending = posted.pop(chunk)
+                pending.wait()
+                self._published.mark(chunk)
+                tag = self._tag(chunk, 1)
+                sends.add(chunk, [transport.send(buffer, peer, tag) for peer in step.send_to])
+                reached = max(reached, chunk // program.period)
+            while following is not None and following[0] // program.period <= reached + rounds_posted:
+                following = self._post_result(posted, following, later)
         sends.drain()
         self._end_loop()
 
