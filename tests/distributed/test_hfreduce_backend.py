@@ -3,7 +3,6 @@
 Starting processes costs more than what they check, so one start of N ranks runs many checks.
 """
 
-import json
 import multiprocessing
 import os
 import re
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -350,11 +348,43 @@ def check_functional_collectives_and_dtensor():
     torch.testing.assert_close(partial_sum.redistribute(placements=[Shard(1)]).full_tensor(), full * world)
 
 
+def check_methods_of_the_group_take_every_form():
+    world, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    # Once as the engine does it, once as gloo does.
+    for dtype in (torch.int32, torch.int8):
+        for call in (
+            lambda tensor: group.allreduce(tensor),
+            lambda tensor: group.allreduce(tensor, dist.ReduceOp.SUM),
+            lambda tensor: group.allreduce([tensor], dist.AllreduceOptions()),
+            lambda tensor: group.allreduce_coalesced([tensor], dist.AllreduceCoalescedOptions()),
+        ):
+            tensor = torch.full((3,), rank + 1, dtype=dtype)
+            call(tensor).wait()
+            assert tensor.tolist() == [world * (world + 1) // 2] * 3
+        largest = torch.full((3,), rank, dtype=dtype)
+        group.reduce(largest, 0, dist.ReduceOp.MAX).wait()
+        assert rank != 0 or largest.tolist() == [world - 1] * 3
+        group.broadcast(largest, 0).wait()
+        assert largest.tolist() == [world - 1] * 3
+        rows = [torch.empty(2, dtype=dtype) for _ in everyone()]
+        group.allgather(rows, torch.full((2,), rank, dtype=dtype)).wait()
+        assert [row[0].item() for row in rows] == list(everyone())
+        kept = torch.empty(2, dtype=dtype)
+        group.reduce_scatter(kept, [torch.full((2,), r, dtype=dtype) for r in everyone()]).wait()
+        assert kept.tolist() == [rank * world] * 2
+        group.barrier().wait()
+
+
 def check_refusals_leave_the_group_whole():
     with pytest.raises(CollectiveError, match=r"PREMUL_SUM is not one of SUM"):
         dist.all_reduce(torch.ones(3), dist._make_nccl_premul_sum(2.0))
     with pytest.raises(CollectiveError, match=r"BIT_OR of F32 is not defined"):
         dist.all_reduce(torch.ones(3), dist.ReduceOp.BOR)
+    rows = [torch.ones(3, dtype=torch.float64) for _ in everyone()]
+    with pytest.raises(RuntimeError, match="type"):
+        dist.group.WORLD.allgather([rows], [torch.ones(3)]).wait()
+    with pytest.raises(RuntimeError, match=r"row|size"):
+        dist.reduce_scatter_tensor(torch.ones(3), torch.ones(3 * dist.get_world_size() + 1))
     tensor = torch.ones(3)
     dist.all_reduce(tensor)
     assert tensor.tolist() == [float(dist.get_world_size())] * 3
@@ -379,23 +409,16 @@ def run_checks(rank, world_size, folder, ranks_per_node):
     kind = "hops" if 1 < ranks_per_node < world_size else "node"
     os.environ["COFIRE_HOST"] = f"{kind}-{rank // ranks_per_node}"
     join(rank, world_size, folder)
-    failures = {}
     for check in CHECKS:
-        try:
-            check()
-        except Exception:
-            failures[check.__name__] = traceback.format_exc()
-            break
-    dist.barrier()
-    Path(folder, f"failures-{rank}.json").write_text(json.dumps(failures))
+        check()
+    Path(folder, f"done-{rank}").touch()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("world_size", "ranks_per_node"), [(2, 2), (4, 4), (4, 2), (2, 1)])
 def test_every_collective_agrees_with_its_reference(world_size, ranks_per_node, tmp_path):
     start_ranks(run_checks, world_size, str(tmp_path), ranks_per_node)
-    failures = [json.loads((tmp_path / f"failures-{rank}.json").read_text()) for rank in range(world_size)]
-    assert not any(failures), "\n".join(text for found in failures for text in found.values())
+    assert {path.name for path in tmp_path.glob("done-*")} == {f"done-{rank}" for rank in range(world_size)}
 
 
 def expect_error(wait, pattern):
@@ -416,6 +439,8 @@ def fail_in_each_way(rank, world_size, folder):
     expect_error(work.get_future().wait, re.escape(str(error)))
     expect_error(later.wait, "failed before")
     expect_error(lambda: dist.all_reduce(torch.ones(10)), "failed before")
+    # Gloo would still do this; but who works on after a failure may hold half a result.
+    expect_error(lambda: dist.all_reduce(torch.ones(10, dtype=torch.uint8)), "failed before")
     dist.destroy_process_group()
 
     # DDP's reducer waits for the future in C++.

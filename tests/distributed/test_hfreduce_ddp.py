@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -129,6 +130,17 @@ def check_ddp_with_unused_parameters_buffers_and_accumulation(rank, gloo):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6)
 
 
+def check_a_hook_whose_callbacks_reduce_too(gloo):
+    trained = []
+    for group in (gloo, dist.group.WORLD):
+        module = DistributedDataParallel(make_model(), process_group=group)
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        train(module, [dist.get_rank()])
+        trained.append(flat(module))
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-5)
+
+
 def check_fsdp2(rank, reference):
     sharded = make_model()
     for layer in sharded:
@@ -163,6 +175,7 @@ def train_in_each_way(rank, world_size, folder):
     check_hook_averages_once_over_its_own_group(rank, reference, gloo)
     check_hook_rounds_to_its_wire_type(rank, gloo)
     check_ddp_with_unused_parameters_buffers_and_accumulation(rank, gloo)
+    check_a_hook_whose_callbacks_reduce_too(gloo)
     check_fsdp2(rank, reference)
     check_hook_refuses_other_groups_and_types(gloo)
     Path(folder, f"done-{rank}").touch()

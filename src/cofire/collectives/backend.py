@@ -16,7 +16,6 @@ changed it), ``split_group`` (makes a gloo group), ``PREMUL_SUM``.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, distributed_c10d
 
@@ -35,7 +35,6 @@ from cofire.collectives.work import HFReduceWork, OperationQueue
 from cofire.errors import CollectiveError
 
 _PATIENCE_S = 5.0
-_POLL_S = (20e-6, 1e-3)
 _OPS = {
     "SUM": Op.SUM,
     "AVG": Op.AVERAGE,
@@ -132,7 +131,8 @@ class HFReduceGroup(ProcessGroup):
         tensors = _as_list(tensors)
         if not self._is_ours("all_reduce", tensors):
             backend = self._backend_of(tensors)
-            calls = [partial(backend.allreduce, [tensor], opts or _sum()) for tensor in tensors]
+            options = _as_options(dist.AllreduceOptions, opts)
+            calls = [partial(backend.allreduce, [tensor], options) for tensor in tensors]
             return self._delegate(calls, tensors, opts)
         op = _op_of(opts)
 
@@ -145,12 +145,12 @@ class HFReduceGroup(ProcessGroup):
         return self._submit(run, tensors, opts)
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: timedelta | None = None) -> HFReduceWork:
-        """Reduce each tensor into the root's."""
-        tensors, root = _as_list(tensors), getattr(opts, "rootRank", opts or 0)
+        """Reduce each tensor into the root's; ``opts`` may be the root, with ``op``."""
+        tensors = _as_list(tensors)
+        options = opts if isinstance(opts, dist.ReduceOptions) else _as_options(dist.ReduceOptions, op, opts)
         if not self._is_ours("reduce", tensors):
-            call = partial(self._backend_of(tensors).reduce, tensors, opts)
-            return self._delegate([call], tensors, opts)
-        kind = _op_of(opts if op is None else op)
+            return self._delegate([partial(self._backend_of(tensors).reduce, tensors, options)], tensors, options)
+        root, kind = options.rootRank, _op_of(options)
 
         def run() -> None:
             for tensor in tensors:
@@ -159,14 +159,15 @@ class HFReduceGroup(ProcessGroup):
                 if root == self.rank():
                     _from_memory(memory, tensor)
 
-        return self._submit(run, tensors, opts)
+        return self._submit(run, tensors, options)
 
     def broadcast(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> HFReduceWork:
-        """Write the root's tensors into those of all others."""
-        tensors, root = _as_list(tensors), getattr(opts, "rootRank", opts or 0)
+        """Write the root's tensors into those of all others; ``opts`` may be the root."""
+        tensors = _as_list(tensors)
+        options = opts if isinstance(opts, dist.BroadcastOptions) else _as_options(dist.BroadcastOptions, None, opts)
         if not self._is_ours("broadcast", tensors, moves_only=True):
-            call = partial(self._backend_of(tensors).broadcast, tensors, opts)
-            return self._delegate([call], tensors, opts)
+            return self._delegate([partial(self._backend_of(tensors).broadcast, tensors, options)], tensors, options)
+        root = options.rootRank
 
         def run() -> None:
             for tensor in tensors:
@@ -175,7 +176,7 @@ class HFReduceGroup(ProcessGroup):
                 if root != self.rank():
                     _from_memory(memory, tensor)
 
-        return self._submit(run, tensors, opts)
+        return self._submit(run, tensors, options)
 
     def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> HFReduceWork:
         """Write the inputs of all ranks into a list of outputs, one per rank."""
@@ -185,7 +186,7 @@ class HFReduceGroup(ProcessGroup):
             tensor.numel() == given.numel() for row, given in zip(outputs, inputs, strict=True) for tensor in row
         )
         if not (alike and self._is_ours("all_gather", [*inputs, *flat], moves_only=True)):
-            call = partial(self._backend_of(inputs).allgather, outputs, inputs, opts)
+            call = partial(self._backend_of(inputs).allgather, outputs, inputs, *_options(opts))
             return self._delegate([call], flat, opts)
 
         def run() -> None:
@@ -225,7 +226,8 @@ class HFReduceGroup(ProcessGroup):
         outputs, inputs = _as_list(output_tensors), _as_lists(input_tensors)
         alike = all(tensor.numel() == kept.numel() for row, kept in zip(inputs, outputs, strict=True) for tensor in row)
         if not (alike and self._is_ours("all_reduce", [*outputs, *(tensor for row in inputs for tensor in row)])):
-            call = partial(self._backend_of(outputs).reduce_scatter, outputs, inputs, opts)
+            options = _as_options(dist.ReduceScatterOptions, opts)
+            call = partial(self._backend_of(outputs).reduce_scatter, outputs, inputs, options)
             return self._delegate([call], outputs, opts)
         op = _op_of(opts)
 
@@ -245,7 +247,8 @@ class HFReduceGroup(ProcessGroup):
         if not self._is_ours("all_reduce", [*outputs, *inputs]):
             backend = self._backend_of(outputs)
             pairs = zip(outputs, inputs, strict=True)
-            calls = [partial(backend._reduce_scatter_base, output, given, *_options(opts)) for output, given in pairs]
+            options = _as_options(dist.ReduceScatterOptions, opts)
+            calls = [partial(backend._reduce_scatter_base, output, given, options) for output, given in pairs]
             return self._delegate(calls, outputs, opts)
         op = _op_of(opts)
 
@@ -350,20 +353,10 @@ class HFReduceGroup(ProcessGroup):
             if failure is not None:
                 raise CollectiveError(f"this group failed before: {failure}; make a new one")
             for call in calls:
-                self._wait_for(call())
+                # Not is_completed(): that of gloo's composite operations stays False until somebody waits.
+                call().wait()
 
         return self._submit(run, tensors, opts)
-
-    def _wait_for(self, work: Any) -> None:
-        # In gloo's wait nothing can end the queue's thread; a program that ends must not wait for it.
-        if self._queue.is_own_thread:
-            pause_s, pause_s_max = _POLL_S
-            while not work.is_completed():
-                if self._queue.failure is not None:
-                    raise CollectiveError(f"this group failed before: {self._queue.failure}; make a new one")
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, pause_s_max)
-        work.wait()
 
     def _backend_of(self, tensors: Sequence[Tensor]) -> Any:
         """Return the backend for what the engine does not do."""
@@ -417,8 +410,18 @@ def _end(queue: OperationQueue, engine: HFReduce) -> None:
     engine.close()
 
 
-def _sum() -> Any:
-    return distributed_c10d.AllreduceOptions()
+def _as_options(kind: type, opts: Any, root: int | None = None) -> Any:
+    """Return PyTorch's options of a kind, made from another kind's or from a ReduceOp if need be."""
+    if isinstance(opts, kind):
+        return opts
+    options = kind()
+    given = getattr(opts, "reduceOp", opts)
+    if given is not None:
+        options.reduceOp = given
+    options.asyncOp = getattr(opts, "asyncOp", options.asyncOp)
+    if root is not None:
+        options.rootRank = root
+    return options
 
 
 def _options(opts: Any) -> tuple[Any, ...]:
