@@ -497,12 +497,16 @@ class HFReduce:
         algorithm = self.options.algorithm
         if algorithm == "auto":
             algorithm = choose_algorithm(num_nodes, size_bytes, _WIRE_BYTES_PER_S, _WIRE_LATENCY_S)
-            if self._most_slots() < num_nodes:
-                algorithm = "double_tree"  # a round of the ring would not fit the slots
+        if algorithm == "ring" and self._most_slots() < 2 * num_nodes and not self._one_rank_per_node:
+            algorithm = "double_tree"  # two rounds of the ring would not fit the slots
         key = (algorithm, num_nodes)
         if key not in self._programs:
             self._programs[key] = all_reduce_program(algorithm, num_nodes, here.node, here.zones)
         return self._programs[key]
+
+    @property
+    def _one_rank_per_node(self) -> bool:
+        return self.world_size == len(self.placement.nodes)
 
     def _most_slots(self) -> int:
         """Return how many chunks are on their way at once where several ranks share a node."""

@@ -1,7 +1,7 @@
 """What a user may set of HFReduce: sizes, threads, the network interface, and which ranks share a node.
 
-Each option has an environment variable, since torch.distributed hands none over: ``COFIRE_HFREDUCE_<OPTION>``, and
-``COFIRE_HOST`` and ``COFIRE_ZONE`` for the two that differ from node to node.
+They come as ``pg_options`` of ``init_process_group`` and ``new_group``, or from the environment: each has a variable
+``COFIRE_HFREDUCE_<OPTION>``, but for ``COFIRE_HOST`` and ``COFIRE_ZONE``, which differ from node to node.
 """
 
 from __future__ import annotations
