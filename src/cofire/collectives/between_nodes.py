@@ -325,8 +325,8 @@ class Exchange:
         op, divisor = self._operation.op, self._operation.divisor
         incoming = self._post_below()
         # Whoever gets a result of an all-reduce has sent its sum: its buffer is free before it is received into. A peer
-        # may take a sum that was sent rounds ahead only after others, so that waiting for one here could be for ever. In
-        # a reduce to a root, a later chunk may need the very buffer that is being sent.
+        # may take a sum that was sent rounds ahead only after others, so that waiting for one here could be for ever.
+        # In a reduce to a root, a later chunk may need the very buffer that is being sent.
         sums = _Sends(chunks.num_chunks, None) if program.shares else _Sends(1, self._sent.mark)
         results = _Sends(self._results_max, self._sent.mark)
         for chunk, step in program.reduce_steps(chunks.num_chunks, self._ahead):
