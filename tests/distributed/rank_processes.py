@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from cofire.collectives.hfreduce import HFReduce
 from cofire.collectives.options import HFReduceOptions
+from cofire.errors import CollectiveError
 
 # A server that has imported PyTorch once forks the ranks, so that hundreds of them start in seconds.
 _RANKS = multiprocessing.get_context("forkserver")
@@ -33,8 +36,6 @@ class World:
 
 
 def _work(function: Callable[..., Any], world: World, rank: int, port: int, results: Any, args: tuple) -> None:
-    import torch
-
     torch.set_num_threads(1)
     try:
         size = len(world.hosts)
@@ -99,3 +100,20 @@ def run_ranks(function: Callable[..., Any], world: World, *args: Any) -> list[An
     for rank, value in got.items():
         assert not (isinstance(value, str) and "Traceback" in value), f"rank {rank}: {value}"
     return [got[rank] for rank in range(len(world.hosts))]
+
+
+def work_until_it_fails(connect: Callable[[str], HFReduce], rank: int, seed: int) -> tuple[str, bool]:
+    """Reduce for ever; return how it ended, and whether a sum that was reported as done was wrong."""
+    engine = connect("engine")
+    order, right = random.Random(seed), 0
+    while True:
+        count = order.choice([1, 1000, 40_000, 700_000])
+        x = torch.full((count,), float(rank + right % 7))
+        expected = float(sum(range(engine.world_size)) + engine.world_size * (right % 7))
+        try:
+            engine.all_reduce(x)
+        except CollectiveError as error:
+            return str(error), False
+        if not bool((x == expected).all()):
+            return "wrong", True
+        right += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import World, gather, run_ranks, start_ranks
+from rank_processes import World, gather, run_ranks, start_ranks, work_until_it_fails
 
 from cofire.collectives.elements import Op, element_of
 from cofire.collectives.hfreduce import HFReduce
@@ -163,23 +163,6 @@ def test_a_rank_that_does_not_come_within_the_timeout_raises_on_all() -> None:
     assert "rank 2 has not come" in said[2][0]
 
 
-def work_until_it_fails(connect: Connect, rank: int, seed: int) -> tuple[str, int, bool]:
-    """Reduce for ever; return how it ended, how many sums were right, and whether any reported sum was wrong."""
-    engine = connect("engine")
-    order, right = random.Random(seed), 0
-    while True:
-        count = order.choice([1, 1000, 40_000, 700_000])
-        x = torch.full((count,), float(rank + right % 7))
-        expected = float(sum(range(engine.world_size)) + engine.world_size * (right % 7))
-        try:
-            engine.all_reduce(x)
-        except CollectiveError as error:
-            return str(error), right, False
-        if not bool((x == expected).all()):
-            return "wrong", right, True
-        right += 1
-
-
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_survivors_of_a_killed_rank_raise_and_report_no_partial_sum(seed: int) -> None:
     order = random.Random(seed)
@@ -195,7 +178,7 @@ def test_survivors_of_a_killed_rank_raise_and_report_no_partial_sum(seed: int) -
     got = gather(ranks, results, survivors, within_s=40)
     assert time.monotonic() - killed < 30
     for rank in survivors:
-        text, _, wrong = got[rank] if not isinstance(got[rank], str) else (got[rank], 0, False)
+        text, wrong = got[rank] if not isinstance(got[rank], str) else (got[rank], False)
         assert not wrong
         assert f"rank {victim}" in text or "not all" in text, text
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rank_processes import World, gather, run_ranks, start_ranks
+from rank_processes import World, gather, run_ranks, start_ranks, work_until_it_fails
 
 from cofire.collectives.elements import Op
 from cofire.collectives.hfreduce import HFReduce
@@ -89,22 +89,6 @@ def test_nodes_that_disagree_raise_on_every_rank() -> None:
     for said in run_ranks(disagree, World(list("aabc"), timeout_s=15.0)):
         assert len(said) == 3
         assert all("disagree" in text for text in said), said
-
-
-def work_until_it_fails(connect: Connect, rank: int, seed: int) -> tuple[str, bool]:
-    engine = connect("engine")
-    order, right = random.Random(seed), 0
-    while True:
-        count = order.choice([1, 1000, 40_000, 700_000])
-        x = torch.full((count,), float(rank + right % 7))
-        expected = float(sum(range(engine.world_size)) + engine.world_size * (right % 7))
-        try:
-            engine.all_reduce(x)
-        except CollectiveError as error:
-            return str(error), False
-        if not bool((x == expected).all()):
-            return "wrong", True
-        right += 1
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
