@@ -24,7 +24,7 @@ void check(const Segment& segment, const Call& call) {
   if (sums && !cofire::is_supported(call.element, call.op)) throw nb::value_error("the operation makes no sense for the type");
   if (call.root < -1 || call.root >= int32_t(layout.num_ranks)) throw nb::value_error("the root is not a rank of the segment");
   if (call.count && (!call.input || !call.output) && call.kind != cofire::Kind::barrier) throw nb::value_error("no memory");
-  if (call.network && call.num_lanes != 1) throw nb::value_error("between nodes there is one lane");
+  if ((call.network || call.stepped) && call.num_lanes != 1) throw nb::value_error("between nodes and step by step there is one lane");
 }
 
 void hear_signals() {
@@ -38,7 +38,7 @@ void bind_segment(nb::module_& module) {
   nb::class_<Call>(module, "Call")
       .def("__init__",
            [](Call* self, int kind, int element, int op, uint64_t count, int root, double divisor, uintptr_t input,
-              uintptr_t output, double timeout_s, uint64_t chunk_bytes, uint32_t num_lanes, bool network, bool sends) {
+              uintptr_t output, double timeout_s, uint64_t chunk_bytes, uint32_t num_lanes, bool network, bool sends, bool stepped) {
              new (self) Call{};
              self->kind = static_cast<cofire::Kind>(kind);
              self->element = static_cast<cofire::Element>(element);
@@ -53,10 +53,11 @@ void bind_segment(nb::module_& module) {
              self->num_lanes = num_lanes;
              self->network = network;
              self->sends = sends;
+             self->stepped = stepped;
            },
            "kind"_a, "element"_a = 0, "op"_a = 0, "count"_a = 0, "root"_a = 0, "divisor"_a = 1.0, "input"_a = 0,
            "output"_a = 0, "timeout_s"_a = 1800.0, "chunk_bytes"_a = 0, "num_lanes"_a = 1, "network"_a = false,
-           "sends"_a = false);
+           "sends"_a = false, "stepped"_a = false);
 
   nb::exception<cofire::CollectiveFailure>(module, "CollectiveFailure", PyExc_RuntimeError);
 
@@ -78,27 +79,26 @@ void bind_segment(nb::module_& module) {
       .def("begin",
            [](Segment& self, const Call& call) {
              check(self, call);
-             return self.begin(call, 0);
+             self.begin(call);
            })
       .def("wait_free", &Segment::wait_free, nb::call_guard<nb::gil_scoped_release>())
-      .def("mark_published", &Segment::mark_published)
-      .def("wait_published", &Segment::wait_published, nb::call_guard<nb::gil_scoped_release>())
+      .def("publish", &Segment::publish)
       .def("combine", &Segment::combine, nb::call_guard<nb::gil_scoped_release>())
-      .def("mark_reduced", &Segment::mark_reduced)
+      .def("wait_result", &Segment::wait_result, nb::call_guard<nb::gil_scoped_release>())
+      .def("consume", &Segment::consume)
+      .def("end", &Segment::end, nb::call_guard<nb::gil_scoped_release>())
       .def("wait_reduced",
            [](Segment& self, uint64_t chunk, double timeout_s) {
              nb::gil_scoped_release release;
              self.wait_reduced(chunk, after(timeout_s));
            })
       .def("mark_exchanged", &Segment::mark_exchanged)
-      .def("wait_result", &Segment::wait_result, nb::call_guard<nb::gil_scoped_release>())
-      .def("mark_consumed", &Segment::mark_consumed)
       .def("mark_sent", &Segment::mark_sent)
-      .def("end", &Segment::end)
       .def("abort", &Segment::abort, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("aborted", &Segment::aborted)
       .def_prop_ro("abort_message", &Segment::abort_message)
       .def("is_alive", &Segment::is_alive)
+      .def_prop_ro("memory", [](const Segment& self) { return reinterpret_cast<uintptr_t>(self.memory()); })
       .def_prop_ro("first_step", &Segment::first_step)
       .def("slot", [](const Segment& self, uint64_t step, uint32_t rank) {
         if (rank >= self.layout().num_ranks) throw nb::value_error("no such rank");

@@ -46,7 +46,7 @@ struct Description {
   Op op;
   int32_t root;
   double divisor;
-  uint32_t num_lanes, network;
+  uint32_t num_lanes, network, stepped;
 
   bool operator==(const Description&) const = default;
 
@@ -56,6 +56,7 @@ struct Description {
     out += " of " + std::to_string(count) + " " + name_of(element);
     if (adds(kind)) out += std::string(" (") + name_of(op) + ")";
     if (kind == Kind::reduce || kind == Kind::broadcast) out += " with root " + std::to_string(root);
+    if (stepped) out += " on a device";
     return out;
   }
 };
@@ -207,7 +208,8 @@ std::string Segment::now() const {
 void Segment::describe(const Call& call) {
   if (aborted()) throw CollectiveFailure(abort_message());
   Description& mine = control(rank_).calls[calls_ % 2];
-  mine = {calls_, call.count, call.kind, call.element, call.op, call.root, call.divisor, call.num_lanes, call.network};
+  mine = {calls_, call.count, call.kind, call.element, call.op, call.root, call.divisor, call.num_lanes, call.network,
+          call.stepped};
   const std::lock_guard lock(now_mutex_);
   now_ = mine.text();
 }
@@ -387,9 +389,10 @@ void Segment::run(const Call& call) {
     if (error) std::rethrow_exception(error);
 }
 
-uint64_t Segment::begin(const Call& call, uint64_t) {
+void Segment::begin(const Call& call) {
   describe(call);
-  return steps_[0];
+  caller_ = std::this_thread::get_id();
+  taken_ = sent_ = steps_[0];
 }
 
 void Segment::wait_free(const Call& call, uint64_t chunk) {
@@ -397,24 +400,20 @@ void Segment::wait_free(const Call& call, uint64_t chunk) {
   if (step >= layout_.num_slots) await_all(0, kConsumed, step + 1 - layout_.num_slots, "consumed", call.deadline);
 }
 
-void Segment::mark_published(uint64_t chunk) { flag(0, rank_, kPublished).raise(uint32_t(steps_[0] + chunk + 1)); }
-
-void Segment::wait_published(const Call& call, uint64_t chunk) {
-  await_all(0, kPublished, steps_[0] + chunk + 1, "come", call.deadline);
-  if (chunk == 0) compare_calls();
-}
+void Segment::publish(uint64_t chunk) { flag(0, rank_, kPublished).raise(uint32_t(steps_[0] + chunk + 1)); }
 
 void Segment::combine(const Call& call, uint64_t chunk, uint64_t count) {
   const uint64_t step = steps_[0] + chunk, size = element_size(call.element);
+  await_all(0, kPublished, step + 1, "come", call.deadline);
+  if (chunk == 0) compare_calls();
   const uint64_t each = round_up((count + layout_.num_ranks - 1) / layout_.num_ranks, 64 / size);
   const uint64_t from = std::min(count, rank_ * each), part = std::min(count, from + each) - from;
   std::vector<const void*> sources(layout_.num_ranks);
   for (uint32_t rank = 0; rank < layout_.num_ranks; ++rank) sources[rank] = static_cast<char*>(slot(0, step, rank)) + from * size;
   void* target = static_cast<char*>(result(0, step)) + from * size;
   if (part) reduce(best_isa(), call.element, call.op, target, sources.data(), layout_.num_ranks, part, call.divisor);
+  flag(0, rank_, kReduced).raise(uint32_t(step + 1));
 }
-
-void Segment::mark_reduced(uint64_t chunk) { flag(0, rank_, kReduced).raise(uint32_t(steps_[0] + chunk + 1)); }
 
 void Segment::wait_reduced(uint64_t chunk, Clock::time_point deadline) {
   for (uint32_t rank = 0; rank < layout_.num_ranks; ++rank)
@@ -431,9 +430,18 @@ void Segment::wait_result(const Call& call, uint64_t chunk) {
   }
 }
 
-void Segment::mark_consumed(uint64_t chunk) { flag(0, rank_, kConsumed).raise(uint32_t(steps_[0] + chunk + 1)); }
+void Segment::consume(const Call& call, uint64_t chunk) {
+  const uint64_t step = steps_[0] + chunk;
+  if (call.sends) {
+    release(step + 1, 0);
+  } else {
+    flag(0, rank_, kConsumed).raise(static_cast<uint32_t>(step + 1));
+  }
+}
 
-void Segment::end(uint64_t num_chunks) {
+void Segment::end(const Call& call, uint64_t num_chunks) {
+  const auto last = static_cast<uint32_t>(steps_[0] + num_chunks);
+  if (call.sends) await(flag(0, rank_, kConsumed), last, layout_.num_ranks, "sent everything", call.deadline);
   steps_[0] += num_chunks;
   ++calls_;
 }

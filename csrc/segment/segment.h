@@ -54,6 +54,7 @@ struct Call {
   double divisor = 1.0;  // for Op::average
   bool network = false;  // the result waits for the other nodes (all_reduce and reduce; one lane)
   bool sends = false;    // with network: this process sends the result slots, so they are in use until mark_sent
+  bool stepped = false;  // the calls below from `begin` to `end`, instead of `run`
   const void* input = nullptr;
   void* output = nullptr;
   uint64_t chunk_bytes = 0;   // at most slot_bytes; 0: slot_bytes
@@ -75,19 +76,21 @@ class Segment {
   // Takes part in one collective; all ranks of the node call it. Throws CollectiveFailure.
   void run(const Call& call);
 
-  // Stepwise, for what copies by other means: the phases of chunk `chunk` of the collective that `begin` starts.
-  uint64_t begin(const Call& call, uint64_t num_chunks);
-  void wait_free(const Call& call, uint64_t chunk);         // the slot may be written
-  void mark_published(uint64_t chunk);
-  void wait_published(const Call& call, uint64_t chunk);    // by all ranks; checks on the first chunk that they agree
-  void combine(const Call& call, uint64_t chunk, uint64_t count);  // this rank's part of the slots into the result slot
-  void mark_reduced(uint64_t chunk);
+  // The same step by step, for an all_reduce or reduce whose data other means than the core's copies bring and fetch.
+  // Between `begin` and `end`, for each chunk in ascending order: `wait_free`, then fill this rank's slot; `publish`;
+  // `combine`; `wait_result`, then fetch the result slot; `consume`. Chunks may overtake each other by phases.
+  void begin(const Call& call);
+  void wait_free(const Call& call, uint64_t chunk);                // the slot may be written
+  void publish(uint64_t chunk);
+  void combine(const Call& call, uint64_t chunk, uint64_t count);  // this rank's part of all slots, once all are published
+  void wait_result(const Call& call, uint64_t chunk);
+  void consume(const Call& call, uint64_t chunk);
+  void end(const Call& call, uint64_t num_chunks);
+
+  // For who takes result slots through the other nodes, on another thread than `run`'s.
   void wait_reduced(uint64_t chunk, Clock::time_point deadline);   // by all ranks of the node
   void mark_exchanged(uint64_t chunk);                             // the result slot holds the result over all nodes
-  void wait_result(const Call& call, uint64_t chunk);
-  void mark_consumed(uint64_t chunk);
   void mark_sent(uint64_t chunk);                                  // the result slot was sent to the other nodes
-  void end(uint64_t num_chunks);
 
   // Makes every rank's waits throw, now and later. The first message stays.
   void abort(const std::string& message);
@@ -97,6 +100,7 @@ class Segment {
   // Whether a rank's process is there.
   bool is_alive(uint32_t rank) const;
 
+  void* memory() const { return base_; }
   void* slot(uint32_t lane, uint64_t step, uint32_t rank) const;
   void* result(uint32_t lane, uint64_t step) const;
   const Layout& layout() const { return layout_; }

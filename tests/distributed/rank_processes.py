@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, TCPStore
 from cofire.collectives.hfreduce import HFReduce
 from cofire.collectives.options import HFReduceOptions
 from cofire.errors import CollectiveError
+from cofire.testing.fake_device import FakeDevice
 
 # A server that has imported PyTorch once forks the ranks, so that hundreds of them start in seconds.
 _RANKS = multiprocessing.get_context("forkserver")
@@ -33,6 +34,8 @@ class World:
     timeout_s: float = 30.0
     chunk_bytes: int | None = None
     num_threads: int | None = None
+    num_slots: int | None = None
+    fake_device: bool = False
 
 
 def _work(function: Callable[..., Any], world: World, rank: int, port: int, results: Any, args: tuple) -> None:
@@ -40,10 +43,16 @@ def _work(function: Callable[..., Any], world: World, rank: int, port: int, resu
     try:
         size = len(world.hosts)
         store = TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=60))
-        options = HFReduceOptions(host=world.hosts[rank], chunk_bytes=world.chunk_bytes, num_threads=world.num_threads)
+        options = HFReduceOptions(
+            host=world.hosts[rank],
+            chunk_bytes=world.chunk_bytes,
+            num_threads=world.num_threads,
+            num_slots=world.num_slots,
+        )
 
         def connect(name: str) -> HFReduce:
-            return HFReduce(PrefixStore(name, store), rank, size, world.timeout_s, options)
+            device = FakeDevice(rank) if world.fake_device else None
+            return HFReduce(PrefixStore(name, store), rank, size, world.timeout_s, options, device)
 
         results.put((rank, function(connect, rank, *args), None))
     except BaseException as error:
@@ -89,7 +98,6 @@ def run_ranks(function: Callable[..., Any], world: World, *args: Any) -> list[An
     """Run ``function(connect, rank, *args)`` on every rank and return what each returned.
 
     ``connect(name)`` makes an engine with the other ranks that say the same name.
-
 
     Raises:
         AssertionError: A rank raised; with its traceback.

@@ -138,7 +138,7 @@ class HFReduceGroup(ProcessGroup):
 
         def run() -> None:
             for tensor in tensors:
-                memory = _to_memory(tensor)
+                memory = self._to_reducible(tensor)
                 self._engine.all_reduce(memory, op)
                 _from_memory(memory, tensor)
 
@@ -154,7 +154,7 @@ class HFReduceGroup(ProcessGroup):
 
         def run() -> None:
             for tensor in tensors:
-                memory = _to_memory(tensor)
+                memory = self._to_reducible(tensor)
                 self._engine.reduce(memory, root, kind)
                 if root == self.rank():
                     _from_memory(memory, tensor)
@@ -332,7 +332,7 @@ class HFReduceGroup(ProcessGroup):
         )
 
     def _submit(self, run: Callable[[], None], tensors: Sequence[Tensor], opts: Any) -> HFReduceWork:
-        events = [torch.cuda.current_stream(tensor.device).record_event() for tensor in tensors if tensor.is_cuda]
+        events = [_record_event(tensor.device) for tensor in tensors if tensor.is_cuda]
 
         def run_after_kernels() -> None:
             for event in events:
@@ -375,6 +375,10 @@ class HFReduceGroup(ProcessGroup):
             self._has_cuda = True
         return self._get_backend(device)
 
+    def _to_reducible(self, tensor: Tensor) -> Tensor:
+        """Return what the engine can reduce in place: the tensor, or CPU memory with its values."""
+        return tensor.detach() if self._engine.reaches(tensor) else _to_memory(tensor)
+
     def _all_gather(self, outputs: Sequence[Tensor], given: Tensor) -> None:
         if any(row.dtype != given.dtype for row in outputs):
             raise CollectiveError(f"{given.dtype} is not gathered into {outputs[0].dtype}; give rows of one type")
@@ -408,6 +412,13 @@ class HFReduceGroup(ProcessGroup):
 def _end(queue: OperationQueue, engine: HFReduce) -> None:
     queue.close(_PATIENCE_S)
     engine.close()
+
+
+def _record_event(device: torch.device) -> torch.cuda.Event:
+    """Return an event after all that the program has issued on a device's current stream; waiting for it sleeps."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _as_options(kind: type, opts: Any, root: int | None = None) -> Any:
@@ -459,7 +470,7 @@ def _to_memory(tensor: Tensor, read: bool = True) -> Tensor:
     tensor = tensor.detach()
     if _is_memory(tensor):
         return tensor
-    memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+    memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return memory.copy_(tensor) if read else memory
 
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.distributed import PrefixStore, Store
 
 from cofire.collectives.between_nodes import ChunkSource, Exchange, NodeExchange, Operation
+from cofire.collectives.device import CudaLayer, DeviceChunks, DeviceLayer, reduce_from_device
 from cofire.collectives.elements import Op, element_of, find_element
 from cofire.collectives.options import HFReduceOptions
 from cofire.collectives.schedule import NodeProgram, all_reduce_program, choose_algorithm, rooted_program
@@ -34,6 +37,8 @@ _SPIN_S = 50e-6
 _LANES_FROM_BYTES = 1 << 20
 # Sizes are chosen for data that no cache holds.
 _CHOICE_BYTES = 64 << 20
+# Copies from and to a device: each costs some microseconds to begin.
+_DEVICE_CHUNK_BYTES, _DEVICE_SLOTS = 1 << 20, 8
 # Between nodes: chunks, and what the choice of an algorithm takes for the network; the same on all ranks.
 _CHUNK_BYTES = 256 << 10
 _LEAST_CHUNK_BYTES = 16 << 10
@@ -191,7 +196,13 @@ class HFReduce:
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, timeout_s: float, options: HFReduceOptions | None = None
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        options: HFReduceOptions | None = None,
+        device: DeviceLayer | None = None,
     ) -> None:
         """Meet the other ranks; all of them make the engine at the same time.
 
@@ -201,13 +212,17 @@ class HFReduce:
             world_size: Ranks of the group.
             timeout_s: For this, and for each collective.
             options: None: what the environment says.
+            device: Of the tensors that are not on the CPU; none: CUDA, where there is a device.
 
         Raises:
             CollectiveError: A rank does not come, or shared memory cannot be had.
         """
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.options = options or HFReduceOptions.from_environment()
+        self._device = device or (CudaLayer() if torch.cuda.is_available() else None)
         self._failure: str | None = None
+        self._chunk_bytes = 0
+        self._is_pinned = False
         self.placement = find_placement(store, rank, world_size, self.options)
         self._segment = self._share_memory(store) if len(self.placement.neighbours) > 1 else None
         self._nodes = self._connect_nodes(store) if len(self.placement.nodes) > 1 and self.placement.is_leader else None
@@ -220,8 +235,7 @@ class HFReduce:
         if len(here.nodes) > 1:
             layout = SegmentLayout(self.options.chunk_bytes or _CHUNK_BYTES, self._most_slots(), 1)
         else:
-            chunk_bytes, num_threads = self._choose(store, local, cores)
-            layout = SegmentLayout(chunk_bytes, self.options.num_slots or 4, num_threads)
+            self._chunk_bytes, layout = self._choose(store, local, cores)
         spin_s = (_SPIN_S if local <= cores else 0.0) if self.options.spin_us is None else self.options.spin_us * 1e-6
         key = f"segment/{here.node}"
         if here.is_leader:
@@ -238,8 +252,8 @@ class HFReduce:
                 path.unlink(missing_ok=True)
         return segment
 
-    def _choose(self, store: Store, num_ranks: int, cores: int) -> tuple[int, int]:
-        """Return the bytes of a chunk and the threads of a rank: rank 0's choice, since calibrations may differ."""
+    def _choose(self, store: Store, num_ranks: int, cores: int) -> tuple[int, SegmentLayout]:
+        """Return the bytes of a chunk in memory, and the segment's sizes: rank 0's, since calibrations may differ."""
         if self.rank == 0:
             options = self.options
             choice = choose(
@@ -252,9 +266,12 @@ class HFReduce:
             )
             # The model has one cache; measured, chunks that leave a core's second level are slower than it says.
             chunk_bytes = options.chunk_bytes or min(choice.chunk_bytes, _CHUNK_BYTES)
-            store.set("choice", f"{chunk_bytes} {choice.num_threads}")
-        chunk_bytes, num_threads = bytes(store.get("choice")).decode().split()
-        return int(chunk_bytes), int(num_threads)
+            slot_bytes, num_slots = chunk_bytes, options.num_slots or 4
+            if self._device is not None:
+                slot_bytes, num_slots = options.chunk_bytes or _DEVICE_CHUNK_BYTES, options.num_slots or _DEVICE_SLOTS
+            store.set("choice", f"{chunk_bytes} {slot_bytes} {num_slots} {choice.num_threads}")
+        chunk_bytes, *sizes = map(int, bytes(store.get("choice")).split())
+        return chunk_bytes, SegmentLayout(*sizes)
 
     def _connect_nodes(self, store: Store) -> Leader:
         """Connect this leader with the other nodes'."""
@@ -276,8 +293,14 @@ class HFReduce:
             return False
         return kind in _KINDS and (dtype is None or find_element(dtype) is not None)
 
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        """Return whether :meth:`all_reduce` and :meth:`reduce` take a tensor on its device as it lies there."""
+        return self._device is not None and tensor.is_contiguous() and self._device.holds(tensor)
+
     def all_reduce(self, tensor: torch.Tensor, op: Op = Op.SUM) -> None:
-        """Reduce a contiguous CPU tensor of any shape in place, over all ranks.
+        """Reduce a contiguous tensor of any shape in place, over all ranks; on the CPU, or one that :meth:`reaches`.
+
+        All kernels that write a device's tensor have to be done.
 
         Raises:
             CollectiveError: Ranks disagree, or one is late or gone.
@@ -346,6 +369,9 @@ class HFReduce:
     def close(self) -> None:
         """Let go of memory and connections."""
         self._failure = self._failure or "the group was closed"
+        if self._segment is not None and self._device is not None and self._is_pinned:
+            self._device.unpin(self._segment.memory[0])
+            self._is_pinned = False
         self._segment = None
         if self._nodes is not None:
             self._nodes.exchange.close()
@@ -369,8 +395,11 @@ class HFReduce:
     ) -> None:
         if self._failure is not None:
             raise CollectiveError(f"this group failed before: {self._failure}; make a new one")
+        adds_in_place = kind in (Kind.ALL_REDUCE, Kind.REDUCE)
         for tensor in (input_tensor, output):
-            if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            if tensor is None or (adds_in_place and self.reaches(tensor)):
+                continue
+            if not (tensor.is_contiguous() and tensor.device.type == "cpu"):
                 raise CollectiveError("a tensor is not contiguous or not on the CPU; take tensor.cpu().contiguous()")
         try:
             if len(self.placement.nodes) > 1 and output is not None:
@@ -402,9 +431,23 @@ class HFReduce:
             divisor=float(self.world_size),
             root=self.placement.find(root)[1],
             timeout_s=self.timeout_s,
+            chunk_bytes=self._chunk_bytes,
             num_lanes=self._segment.layout.num_lanes if size_bytes >= _LANES_FROM_BYTES else 1,
         )
-        self._segment.run(call, input_tensor, output)
+        if output is not None and self.reaches(output):
+            call = replace(call, chunk_bytes=0, num_lanes=1)
+            self._reduce_from_device(call, output.view(-1), kind is Kind.ALL_REDUCE or root == self.rank)
+        else:
+            self._segment.run(call, input_tensor, output)
+
+    def _reduce_from_device(self, call: Collective, flat: torch.Tensor, takes: bool) -> None:
+        """Do the part inside the node of a sum of tensors on devices."""
+        if self._segment is None or self._device is None:
+            raise AssertionError("nothing to reduce from or through")
+        if not self._is_pinned:
+            self._device.pin(*self._segment.memory)
+            self._is_pinned = True
+        reduce_from_device(self._device, self._segment, call, flat, takes)
 
     def _run_between_nodes(self, kind: Kind, flat: torch.Tensor, op: Op, root: int) -> None:
         """Run a collective of several nodes on ``[count]``."""
@@ -415,42 +458,58 @@ class HFReduce:
         if kind is Kind.BROADCAST:
             self._broadcast_between_nodes(flat, root)
             return
-        here, (root_node, root_place) = self.placement, self.placement.find(root)
+        if self._segment is None:
+            self._run_between_leaders(kind, flat, op, root)
+            return
+        root_node, root_place = self.placement.find(root)
         chunk_count = self._chunk_count(flat)
         exchange = None
         if self._nodes is not None:
-            keeps = kind is Kind.REDUCE and self.rank != root
-            chunks: ChunkSource = (
-                TensorChunks(flat.clone() if keeps else flat, chunk_count)
-                if self._segment is None
-                else SegmentChunks(self._segment, flat, chunk_count, self.timeout_s)
-            )
-            exchange = self._start(kind, chunks, flat, op, root)
-        if self._segment is not None:
-            call = Collective(
-                kind,
-                flat.numel(),
-                op,
-                root=root_place if root_node == here.node else -1,
-                timeout_s=self.timeout_s,
-                chunk_bytes=chunk_count * flat.dtype.itemsize,
-                between_nodes=True,
-                sends=exchange is not None,
-            )
-            self._run_beside(exchange, call, flat)
-        elif exchange is not None and self._nodes is not None:
-            self._nodes.exchange.finish(exchange, time.monotonic() + self.timeout_s)
+            chunks = SegmentChunks(self._segment, flat, chunk_count, self.timeout_s)
+            exchange = self._start(kind, chunks, flat, op, root, chunk_count)
+        call = Collective(
+            kind,
+            flat.numel(),
+            op,
+            root=root_place if root_node == self.placement.node else -1,
+            timeout_s=self.timeout_s,
+            chunk_bytes=chunk_count * flat.dtype.itemsize,
+            between_nodes=True,
+            sends=exchange is not None,
+        )
+        if self.reaches(flat):
+            takes = kind is Kind.ALL_REDUCE or root == self.rank
+            self._run_beside(exchange, partial(self._reduce_from_device, call, flat, takes))
+        else:
+            self._run_beside(exchange, partial(self._segment.run, call, flat, flat))
 
-    def _run_beside(self, exchange: Exchange | None, call: Collective, flat: torch.Tensor) -> None:
+    def _run_between_leaders(self, kind: Kind, flat: torch.Tensor, op: Op, root: int) -> None:
+        """Run an all_reduce or reduce where this node has one rank."""
+        if self._nodes is None:
+            raise AssertionError("a rank without neighbours is a leader")
+        chunk_count = self._chunk_count(flat)
+        keeps = kind is Kind.REDUCE and self.rank != root
+        on_device = (
+            DeviceChunks(self._device, flat, chunk_count, not keeps)
+            if self._device is not None and self.reaches(flat)
+            else None
+        )
+        chunks = on_device or TensorChunks(flat.clone() if keeps else flat, chunk_count)
+        try:
+            exchange = self._start(kind, chunks, flat, op, root, chunk_count)
+            self._nodes.exchange.finish(exchange, time.monotonic() + self.timeout_s)
+        finally:
+            if on_device is not None:
+                on_device.drain()
+
+    def _run_beside(self, exchange: Exchange | None, run: Callable[[], None]) -> None:
         """Run the part inside the node while the exchange goes on; a failure of one ends the other."""
-        if self._segment is None:
-            raise AssertionError("a node of one rank has no segment")
         if exchange is None or self._nodes is None:
-            self._segment.run(call, flat, flat)
+            run()
             return
         end = time.monotonic() + self.timeout_s
         try:
-            self._segment.run(call, flat, flat)
+            run()
         except BaseException as error:
             exchange.fail(self._nodes.board.post(first_line(error)))
             self._nodes.exchange.finish(exchange, end)
@@ -465,12 +524,15 @@ class HFReduce:
         if is_here and self._segment is not None:
             self._segment.run(call, flat, flat)
         if self._nodes is not None:
-            exchange = self._start(Kind.BROADCAST, TensorChunks(flat, self._chunk_count(flat)), flat, Op.SUM, root)
+            chunk_count = self._chunk_count(flat)
+            exchange = self._start(Kind.BROADCAST, TensorChunks(flat, chunk_count), flat, Op.SUM, root, chunk_count)
             self._nodes.exchange.finish(exchange, time.monotonic() + self.timeout_s)
         if not is_here and self._segment is not None:
             self._segment.run(call, flat, flat)
 
-    def _start(self, kind: Kind, chunks: ChunkSource, flat: torch.Tensor, op: Op, root: int) -> Exchange:
+    def _start(
+        self, kind: Kind, chunks: ChunkSource, flat: torch.Tensor, op: Op, root: int, chunk_count: int
+    ) -> Exchange:
         """Begin the exchange of a collective between the leaders."""
         if self._nodes is None:
             raise AssertionError("only a leader talks to other nodes")
@@ -482,7 +544,7 @@ class HFReduce:
             op=op,
             count=flat.numel(),
             root=root,
-            chunk_count=self._chunk_count(flat),
+            chunk_count=chunk_count,
             period=program.period,
             divisor=float(self.world_size),
         )

@@ -28,7 +28,7 @@ class HFReduceOptions(Spec):
     )
     num_threads: int | None = Field(None, ge=1, le=64, description="of a rank, for sums; none: by the model")
     num_slots: int | None = Field(
-        None, ge=3, le=256, description="chunks on their way at once; none: 4, or 16 between nodes"
+        None, ge=3, le=256, description="chunks on their way at once; none: 4, 8 with CUDA, 16 between nodes"
     )
     num_connections: int = Field(2, ge=1, le=16, description="between each two nodes")
     interface: str | None = Field(

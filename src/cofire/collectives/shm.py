@@ -13,10 +13,11 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +86,7 @@ class Collective:
         num_lanes: Threads, not more than the layout's.
         between_nodes: The result is what :meth:`Segment.mark_exchanged` announces.
         sends: This process sends result slots, and says :meth:`Segment.mark_sent` of each.
+        stepped: It is done by :meth:`Segment.begin`; an all_reduce or reduce with one lane.
     """
 
     kind: Kind
@@ -97,6 +99,7 @@ class Collective:
     num_lanes: int = 1
     between_nodes: bool = False
     sends: bool = False
+    stepped: bool = False
 
 
 def reduce_into(
@@ -199,25 +202,23 @@ class Segment:
         """
         tensor = output if output is not None else input_tensor
         element = Element.F32 if tensor is None else element_of(tensor.dtype)
-        native = _native.Call(
-            call.kind,
-            element,
-            call.op,
-            call.count,
-            call.root,
-            call.divisor,
-            0 if input_tensor is None else input_tensor.data_ptr(),
-            0 if output is None else output.data_ptr(),
-            call.timeout_s,
-            call.chunk_bytes,
-            call.num_lanes,
-            call.between_nodes,
-            call.sends,
-        )
-        try:
-            self._native.run(native)
-        except _native.CollectiveFailure as error:
-            raise CollectiveError(str(error)) from None
+        given = 0 if input_tensor is None else input_tensor.data_ptr()
+        taken = 0 if output is None else output.data_ptr()
+        with _failures():
+            self._native.run(_native_call(call, element, given, taken))
+
+    def begin(self, call: Collective, dtype: torch.dtype) -> SteppedSum:
+        """Begin an all_reduce or reduce whose data the caller moves into slots and out of them.
+
+        Raises:
+            CollectiveError: The segment is of no use any more.
+        """
+        return SteppedSum(self, self._native, call, dtype)
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Address and bytes of the mapping."""
+        return self._native.memory, self.layout.total_bytes(self.num_ranks)
 
     def wait_reduced(self, chunk: int, timeout_s: float) -> None:
         """Wait until all ranks of the node have reduced their part of a chunk of the collective under way.
@@ -225,10 +226,8 @@ class Segment:
         Raises:
             CollectiveError: A rank is late or gone.
         """
-        try:
+        with _failures():
             self._native.wait_reduced(chunk, timeout_s)
-        except _native.CollectiveFailure as error:
-            raise CollectiveError(str(error)) from None
 
     def mark_exchanged(self, chunk: int) -> None:
         """Say that a chunk's result slot holds the result over all nodes."""
@@ -251,6 +250,103 @@ class Segment:
     def failure(self) -> str | None:
         """Why the segment is of no use any more."""
         return self._native.abort_message if self._native.aborted else None
+
+
+class SteppedSum:
+    """A sum inside a node, chunk by chunk, whose data something else than the core's copies moves.
+
+    For each chunk in ascending order: :meth:`wait_free`, then fill :meth:`slot`; :meth:`publish`; :meth:`combine`;
+    :meth:`wait_result`, then fetch :meth:`result`; :meth:`consume`. At last :meth:`end`. Phases of different chunks may
+    be interleaved, as long as no more than the layout's slots are between the first and the last of them.
+
+    Attributes:
+        num_chunks: One or more.
+    """
+
+    def __init__(self, segment: Segment, native: Any, call: Collective, dtype: torch.dtype) -> None:
+        """Begin; see :meth:`Segment.begin`."""
+        self._segment, self._native, self._call, self._dtype = segment, native, call, dtype
+        slot_bytes = segment.layout.page_bytes
+        chunk_bytes = min(call.chunk_bytes, slot_bytes) if call.chunk_bytes else slot_bytes
+        self._chunk_count = chunk_bytes // 64 * 64 // dtype.itemsize
+        self.num_chunks = max(1, -(-call.count // self._chunk_count))
+        address, _ = segment.memory  # no data of the call's own
+        self._step = _native_call(replace(call, stepped=True), element_of(dtype), address, address)
+        with _failures():
+            native.begin(self._step)
+        self._first_step = native.first_step
+
+    def count(self, chunk: int) -> int:
+        """Return the elements of a chunk."""
+        return max(0, min(self._chunk_count, self._call.count - chunk * self._chunk_count))
+
+    def part(self, flat: torch.Tensor, chunk: int) -> torch.Tensor:
+        """Return a chunk of the call's own tensor, ``[count]``."""
+        return flat.narrow(0, chunk * self._chunk_count, self.count(chunk))
+
+    def slot(self, chunk: int) -> torch.Tensor:
+        """Return this rank's slot, ``[count]``."""
+        address = self._native.slot(self._first_step + chunk, self._segment.rank)
+        return tensor_at(address, self._dtype, self.count(chunk))
+
+    def result(self, chunk: int) -> torch.Tensor:
+        """Return the result slot, ``[count]``."""
+        return tensor_at(self._native.result(self._first_step + chunk), self._dtype, self.count(chunk))
+
+    def wait_free(self, chunk: int) -> None:
+        """Wait until this rank's slot may be written."""
+        with _failures():
+            self._native.wait_free(self._step, chunk)
+
+    def publish(self, chunk: int) -> None:
+        """Say that this rank's data is in its slot."""
+        self._native.publish(chunk)
+
+    def combine(self, chunk: int) -> None:
+        """Add this rank's part of all ranks' slots, once they are published."""
+        with _failures():
+            self._native.combine(self._step, chunk, self.count(chunk))
+
+    def wait_result(self, chunk: int) -> None:
+        """Wait until the result slot holds the result."""
+        with _failures():
+            self._native.wait_result(self._step, chunk)
+
+    def consume(self, chunk: int) -> None:
+        """Say that this rank needs neither its peers' slots nor the result any more."""
+        self._native.consume(self._step, chunk)
+
+    def end(self) -> None:
+        """End the call, after the last chunk."""
+        with _failures():
+            self._native.end(self._step, self.num_chunks)
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except _native.CollectiveFailure as error:
+        raise CollectiveError(str(error)) from None
+
+
+def _native_call(call: Collective, element: Element, given: int, taken: int) -> Any:
+    return _native.Call(
+        call.kind,
+        element,
+        call.op,
+        call.count,
+        call.root,
+        call.divisor,
+        given,
+        taken,
+        call.timeout_s,
+        call.chunk_bytes,
+        call.num_lanes,
+        call.between_nodes,
+        call.sends,
+        call.stepped,
+    )
 
 
 def tensor_at(address: int, dtype: torch.dtype, count: int) -> torch.Tensor:
