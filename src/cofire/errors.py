@@ -36,6 +36,10 @@ class SearchError(CofireError):
     """An operator search cannot start or go on."""
 
 
+class PrecisionError(CofireError):
+    """Numbers cannot be put into a format: types, shapes or scales do not fit, or values are not finite."""
+
+
 class CollectiveError(CofireError, RuntimeError):
     """Ranks cannot finish a collective together: they disagree, one is late or gone, or the type has no kernel.
 

@@ -80,7 +80,7 @@ def test_large_data_moves_at_the_memorys_speed_and_small_data_at_the_caches():
 
 
 @given(MACHINES, st.integers(1, 8), st.integers(1, 16), st.integers(1, 1 << 28), st.sampled_from([1, 2, 5]))
-def test_choice_is_within_a_tenth_of_the_best_of_a_finer_grid(known, ranks, cores, size, nodes):
+def test_choice_is_near_the_best_of_a_finer_grid(known, ranks, cores, size, nodes):
     best = choose(ranks, cores, size, known, num_nodes=nodes)
     most = 1 if nodes > 1 else max(1, min(8, cores // ranks))
     # Every half and three-quarter step between the powers of two, and every number of threads.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cofire.cli.network import _BYTES, _quantity
 from cofire.cli.options import JsonOption, complete_cluster
 from cofire.cli.output import console, print_json
 from cofire.cli.plan_question import check_suffix
@@ -52,17 +51,18 @@ def reduce(
     from cofire.collectives.measure import ReduceQuestion, in_torchrun, measure
     from cofire.network.host import cluster_host_reduce_bounds
     from cofire.spec import ClusterSpec, load_as, parse
+    from cofire.spec.units import BYTES, parse_quantity
 
     check_suffix(plot, ".png", "--plot")
     bounds = None if cluster is None else cluster_host_reduce_bounds(load_as(ClusterSpec, cluster))
     table = {
         "num_ranks": ranks,
-        "sizes_bytes": [round(_quantity(word, _BYTES, "sizes", "4KiB,16MB")) for word in sizes.split(",")],
+        "sizes_bytes": [round(parse_quantity(word, BYTES, "sizes", "4KiB,16MB")) for word in sizes.split(",")],
         "dtype": dtype,
         "op": op,
         "backends": [word.strip() for word in backend.split(",")],
         "repeats": repeats,
-        "chunk_bytes": 0 if chunk is None else round(_quantity(chunk, _BYTES, "chunk", "256KiB")),
+        "chunk_bytes": 0 if chunk is None else round(parse_quantity(chunk, BYTES, "chunk", "256KiB")),
     }
     question = parse(ReduceQuestion, table | ({"num_ranks": _world_size()} if in_torchrun() else {}), "bench reduce")
     samples = measure(question)

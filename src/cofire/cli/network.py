@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +23,6 @@ if TYPE_CHECKING:
 
 # An asynchronous event each; a viewer still opens a file of this size.
 _TRACE_FLOWS_MAX = 100_000
-
-_BYTES = {"": 1.0} | {
-    f"{prefix}{binary}B": (1024.0 if binary else 1000.0) ** power
-    for power, prefix in enumerate(("", "K", "M", "G", "T"))
-    for binary in (("", "i") if prefix else ("",))
-}
-_SECONDS = {"": 1.0, "S": 1.0, "MS": 1e-3, "US": 1e-6}
 
 
 def _complete_routing(incomplete: str) -> list[str]:
@@ -277,35 +268,18 @@ def _prices(source: str) -> PriceList:
     return price_list(path=source)
 
 
-def _quantity(text: str, units: dict[str, float], name: str, example: str) -> float:
-    """Read a number with a unit, case aside.
-
-    Raises:
-        PlanError: It is none.
-    """
-    from cofire.errors import PlanError
-
-    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
-    known = {unit.upper(): factor for unit, factor in units.items()}
-    value = float(match[1]) * known[match[2].upper()] if match and match[2].upper() in known else math.nan
-    if not math.isfinite(value):
-        raise PlanError(
-            f"--{name} {text!r} is not a number with one of {', '.join(filter(None, units))}; write {example}"
-        )
-    return value
-
-
 def _traffic(named: dict[str, Any], size: str | None, overrides: list[str]) -> Traffic:
     """Join what options name and what paths under ``traffic.`` set.
 
     Raises:
-        PlanError: The size is no number or experts have one, or the model has no experts.
-        SpecError: A path or a value breaks a rule.
+        PlanError: Experts have a size, or the model has no experts.
+        SpecError: The size is no number, or a path or a value breaks a rule.
     """
     from cofire.errors import PlanError
     from cofire.network.scenario import Traffic
     from cofire.spec import parse
     from cofire.spec.io import override
+    from cofire.spec.units import BYTES, parse_quantity
 
     if named["pattern"] == "experts" and size is not None:
         raise PlanError(f"--size {size} counts no experts; set traffic.experts.tokens_per_device instead")
@@ -317,7 +291,7 @@ def _traffic(named: dict[str, Any], size: str | None, overrides: list[str]) -> T
     if "model" in question and isinstance(question.get("experts", {}), dict):
         question["experts"] = {**_expert_load(question.pop("model")), **question.get("experts", {})}
     question |= named
-    question["size_bytes"] = _quantity(size or "1GB", _BYTES, "size", "64MB or 186MiB")
+    question["size_bytes"] = parse_quantity(size or "1GB", BYTES, "size", "64MB or 186MiB")
     return parse(Traffic, question, "traffic")
 
 
@@ -328,6 +302,7 @@ def _failures(words: list[str]) -> tuple[list[int], float]:
         PlanError: A word is neither, or two planes go down at different times.
     """
     from cofire.errors import PlanError
+    from cofire.spec.units import SECONDS, parse_quantity
 
     planes, times = [], set()
     for word in words:
@@ -335,7 +310,7 @@ def _failures(words: list[str]) -> tuple[list[int], float]:
         if not plane.isdigit():
             raise PlanError(f"--fail-plane {word!r} is not a plane's number, with or without a time; write 3 or 3@5ms")
         planes.append(int(plane))
-        times.add(_quantity(when or "0", _SECONDS, "fail-plane", "3@0.005 or 3@5ms"))
+        times.add(parse_quantity(when or "0", SECONDS, "fail-plane", "3@0.005 or 3@5ms"))
     if len(times) > 1:
         raise PlanError(f"--fail-plane names {len(times)} times; let all planes go down at one")
     return planes, max(times, default=0.0)

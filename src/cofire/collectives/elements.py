@@ -6,6 +6,7 @@ The numbers are those of ``csrc/kernels/kernels.h``. Imports no PyTorch: a PyTor
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 from cofire.errors import CollectiveError
@@ -83,6 +84,7 @@ _BY_NAME = {
 }
 
 
+@cache
 def find_element(dtype: Any) -> Element | None:
     """Return the element type of a PyTorch or numpy dtype; none if the core has no kernel for it."""
     return _BY_NAME.get(str(dtype).removeprefix("torch."))

@@ -30,7 +30,9 @@ class HFReduceOptions(Spec):
     num_slots: int | None = Field(
         None, ge=3, le=256, description="chunks on their way at once; none: 4, 8 with CUDA, 16 between nodes"
     )
-    num_connections: int = Field(2, ge=1, le=16, description="between each two nodes")
+    num_connections: int = Field(
+        1, ge=1, le=16, description="between each two nodes; more where one TCP stream does not fill the wire"
+    )
     interface: str | None = Field(
         None, description="network interface between nodes, such as eth0; none: gloo's choice"
     )

@@ -76,7 +76,7 @@ class Transport:
         num_nodes: int,
         timeout_s: float,
         hosts: Sequence[str] = (),
-        num_connections: int = 2,
+        num_connections: int = 1,
         interface: str | None = None,
     ) -> Transport:
         """Connect the nodes of a group over TCP; all of them call it.
