@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cofire.model import cross_entropy
 from cofire.model.cross_entropy import linear_cross_entropy
-from cofire.model.linear import Linear, grouped_linear, linear, padded_rows
+from cofire.model.linear import Linear, grouped_linear, linear
+from cofire.precision.product import padded_rows
 
 
 def tolerance(dtype: torch.dtype) -> float:

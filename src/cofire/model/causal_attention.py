@@ -1,4 +1,4 @@
-"""Causal self-attention on a CPU by blocks of queries, with the matrix products of ``cofire.model.linear``.
+"""Causal self-attention on a CPU by blocks of queries, with the matrix products of ``cofire.precision``.
 
 PyTorch's fused kernel for the CPU sends its products to MKL, in FP32 and BF16 alike, which on AMD
 processors reaches a fraction of what oneDNN does. Here a block of queries meets the keys up to its own
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cofire.model.linear import matrix_product
+from cofire.precision.product import matrix_product
 
 # Queries of one block, by measurement; FP32 runs head by head and wants fewer, larger products.
 _BLOCK_QUERIES = {torch.float32: 256, torch.bfloat16: 128}

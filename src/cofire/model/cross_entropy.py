@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cofire.model.linear import linear, weight_gradient
+from cofire.model.linear import linear
+from cofire.precision.product import weight_gradient
 
 _CHUNK_TOKENS = 1024
 

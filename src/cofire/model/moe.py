@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from cofire.model.balance import balance_loss, count_experts
 from cofire.model.linear import Linear, grouped_linear, linear
 from cofire.model.router import Router, Routing
+from cofire.precision.linear import FP8Recipe, fp8_grouped_linear
+from cofire.precision.quantize import TILE, Quantized, quantize
 from cofire.spec import MoESpec
 
 # Up to this many (token, expert) pairs, gathering the experts' weights beats sorting the tokens.
@@ -32,41 +34,53 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
+        self.keeps_fp8 = False
         self.gate_up = Linear(hidden_size, 2 * width)
         self.down = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
-        return self.down(silu_product(self.gate_up(x)))
+        return self.down(silu_product(self.gate_up(x), self.keeps_fp8))
 
 
 class _SiluProduct(torch.autograd.Function):
-    """``silu(gate) * up`` that keeps only its input for the backward pass."""
+    """``silu(gate) * up`` that keeps only its input for the backward pass, as it is or in FP8."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, keeps_fp8: bool) -> Tensor:
+        ctx.dtype = gate_up.dtype
+        if keeps_fp8:
+            kept = quantize(gate_up)
+            ctx.save_for_backward(kept.data, kept.scale)
+        else:
+            ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        gate_up = saved[0] if len(saved) == 1 else Quantized(saved[0], saved[1], TILE).dequantize(ctx.dtype)
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)
         torch.mul(grads[0], F.silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return out
+        return out, None
 
 
-def silu_product(gate_up: Tensor) -> Tensor:
-    """Return ``silu(gate) * up`` for ``gate_up`` = [gate; up] along the last dim, [..., 2F] -> [..., F]."""
+def silu_product(gate_up: Tensor, keeps_fp8: bool = False) -> Tensor:
+    """Return ``silu(gate) * up`` for ``gate_up`` = [gate; up] along the last dim, [..., 2F] -> [..., F].
+
+    Args:
+        gate_up: [..., 2F].
+        keeps_fp8: Keep it in FP8 for the backward pass (DeepSeek-V3 technical report, 3.3.3).
+    """
     if not (torch.is_grad_enabled() and gate_up.requires_grad) or torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
-    y = _SiluProduct.apply(gate_up)
+    y = _SiluProduct.apply(gate_up, keeps_fp8)
     assert isinstance(y, Tensor)
     return y
 
@@ -142,7 +156,11 @@ class MoEStats(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """Routed experts with stacked weights plus shared experts fused into one SwiGLU."""
+    """Routed experts with stacked weights plus shared experts fused into one SwiGLU.
+
+    Attributes:
+        fp8: How the experts' products take FP8 operands, up and down; none: they do not.
+    """
 
     def __init__(self, hidden_size: int, moe: MoESpec) -> None:
         super().__init__()
@@ -153,6 +171,7 @@ class MoELayer(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden_size, width))
         self.shared = SwiGLU(hidden_size, moe.num_shared_experts * width) if moe.num_shared_experts else None
         self.dispatcher: TokenDispatcher = LocalDispatcher(experts)
+        self.fp8: tuple[FP8Recipe, FP8Recipe] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
         """Map ``x`` [B, T, D] to [B, T, D] and the layer's stats."""
@@ -162,8 +181,7 @@ class MoELayer(nn.Module):
             y, counts = self._run_gathered(tokens, routing), None
         else:
             dispatched = self.dispatcher.dispatch(tokens, routing)
-            hidden = silu_product(grouped_linear(dispatched.rows, self.gate_up, dispatched.counts))
-            y = self.dispatcher.combine(grouped_linear(hidden, self.down, dispatched.counts), dispatched, routing)
+            y = self.dispatcher.combine(self._run_experts(dispatched.rows, dispatched.counts), dispatched, routing)
             counts = dispatched.counts
         if self.shared is not None:
             y = y + self.shared(tokens)
@@ -172,10 +190,18 @@ class MoELayer(nn.Module):
         loss = balance_loss(routing, x.shape[0], self.moe) if torch.is_grad_enabled() else y.new_zeros(())
         return y.view(x.shape), MoEStats(counts, loss)
 
+    def _run_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Map rows [M, D], sorted by expert, to [M, D]."""
+        if self.fp8 is None:
+            return grouped_linear(silu_product(grouped_linear(rows, self.gate_up, counts)), self.down, counts)
+        up, down = self.fp8
+        hidden = silu_product(fp8_grouped_linear(rows, self.gate_up, counts, up), keeps_fp8=True)
+        return fp8_grouped_linear(hidden, self.down, counts, down)
+
     def _is_handful(self, routing: Routing) -> bool:
-        """Whether to skip the sort: few pairs, no gradients, and all experts here."""
+        """Whether to skip the sort: few pairs, no gradients, all experts here, and in the weights' own format."""
         few = routing.expert_index.numel() <= _GATHER_PAIRS_MAX
-        return few and type(self.dispatcher) is LocalDispatcher and not torch.is_grad_enabled()
+        return few and self.fp8 is None and type(self.dispatcher) is LocalDispatcher and not torch.is_grad_enabled()
 
     def _run_gathered(self, x: Tensor, routing: Routing) -> Tensor:
         """A handful of tokens: multiply by the chosen experts' own matrices, one after the other."""

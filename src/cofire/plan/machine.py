@@ -233,9 +233,13 @@ def predict_training_step(run: RunSpec, cluster: ClusterSpec) -> MachinePredicti
         Step time by part and peak memory of the process.
 
     Raises:
-        PlanError: The run recomputes activations, or a rate was not measured.
+        PlanError: The run recomputes activations or is in FP8, or a rate was not measured.
     """
     device = cluster.device
+    if run.precision.recipe == "fp8":
+        raise PlanError(
+            "FP8's quantisation is not modelled on this machine; set precision.recipe=fp32 to plan the rest"
+        )
     recipe = faster_recipe(device) if run.precision.recipe == "auto" else run.precision.recipe
     operations = training_operations(run, recipe)
     parts = _part_times(operations, MachineRates(device))

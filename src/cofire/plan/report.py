@@ -276,6 +276,8 @@ def _remarks(plan: Plan) -> list[str]:
         remarks.append(f"No training plan: {plan.training_refused}.")
     if plan.run is not None and plan.run.precision.recipe == "auto":
         remarks.append("precision.recipe = auto is planned as fp32; the run takes the faster one it measures.")
+    if plan.run is not None and plan.run.precision.recipe == "fp8":
+        remarks.append("precision.recipe = fp8 is planned as fp32, which is what a CPU emulates it in.")
     return remarks
 
 

@@ -89,7 +89,7 @@ Operation = MatrixProduct | MemoryPass
 
 
 def padded_rows(rows: int) -> int:
-    """Return the rows over which an expert's product runs: eight sizes per octave, as ``cofire.model.linear`` does."""
+    """Return the rows over which an expert's product runs: eight sizes per octave, as in ``precision.product``."""
     step = _padding_step(rows)
     return -(-rows // step) * step
 

@@ -16,7 +16,8 @@ def default_workload(model: ModelSpec) -> WorkloadSpec:
 def run_workload(run: RunSpec) -> WorkloadSpec:
     """The workload of a training run.
 
-    ``auto`` precision is planned as FP32: which format is faster is measured only when the run starts.
+    ``auto`` precision is planned as FP32: which format is faster is measured only when the run starts. So is ``fp8``,
+    which a CPU emulates in FP32; what it keeps for the backward pass is smaller.
     """
     return WorkloadSpec(
         sequence_length=run.data.sequence_length,

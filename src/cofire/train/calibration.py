@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.errors import TrainError
-from cofire.model.linear import grouped_linear, matrix_product
+from cofire.model.linear import grouped_linear
 from cofire.model.memory import keep_freed_memory
 from cofire.model.moe import silu_product
 from cofire.model.rope import Rotation, rotate
 from cofire.plan.machine import device_of, figure_of, machine_file
 from cofire.plan.step_machine import PASSES, Form
+from cofire.precision.product import matrix_product
 from cofire.spec.figure import Figure
 from cofire.spec.hardware import ClusterSpec, KernelRate, MatrixRate, ScaleUpSpec
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from cofire.errors import TrainError
 from cofire.model import build
 from cofire.model.balance import max_violation, update_biases
+from cofire.model.fp8 import use_fp8
 from cofire.model.memory import keep_freed_memory
 from cofire.plan import Plan, estimate
 from cofire.spec import RunSpec, diff, dump, load_as
@@ -139,10 +140,15 @@ class Trainer:
         saved = {} if newest is None else json.loads((newest / "state.json").read_text("utf-8"))
         recipe = saved.get("recipe") or run.precision.recipe
         self.recipe = metrics.choose_recipe(self.device) if recipe == "auto" else recipe
-        self.peak_flops_per_s = metrics.measure_matrix_peak(self.device, _DTYPES[self.recipe])
+        # FP8 products are emulated: the rest of the model is in the type that the device is made for.
+        rest = ("bf16" if self.device.type == "cuda" else "fp32") if self.recipe == "fp8" else self.recipe
+        self.compute_dtype = _DTYPES[rest]
+        self.peak_flops_per_s = metrics.measure_matrix_peak(self.device, self.compute_dtype)
         torch.manual_seed(run.seed)
         random.seed(run.seed)
         self.decoder = build(run.model, device=self.device, seed=run.seed).train()
+        if self.recipe == "fp8":
+            use_fp8(self.decoder)
         self.decoder.recompute = run.recompute
         self.loss: Callable[[Tensor], Any] = torch.compile(self.decoder.loss) if run.compile else self.decoder.loss
         self.optimizer = AdamW(self.decoder.named_parameters(), run.optimizer, _DTYPES[run.precision.moments])
@@ -264,7 +270,7 @@ class Trainer:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def _train_step(self) -> None:
         start = time.perf_counter()

@@ -1,0 +1,209 @@
+"""FP8 with fine-grained scales: tiles, blocks, rows and whole tensors, and the way back.
+
+A value is ``data * scale`` with one scale per tile: 1 x 128 along the contraction for activations and gradients,
+128 x 1 where rows are contracted, 128 x 128 for weights (DeepSeek-V3 technical report, 3.3.2), or a row or the tensor,
+which the report compares with. ``scale = max(amax, floor) / largest``, found from the data at hand, in FP32, or the
+next power of two (UE8M0: 2 ** ceil(log2), as DeepSeek-V3.1's weights have it). Data are rounded to nearest, ties to
+even.
+
+The format of a scale is its PyTorch type, ``float32`` or ``float8_e8m0fnu``, and is never read as another one: a change
+of format or of tiles takes the values through :func:`requantize`. Left out: scales kept from earlier steps, stochastic
+rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cofire.errors import PrecisionError
+
+ScaleFormat = Literal["fp32", "ue8m0"]
+TileShape = tuple[int | None, int | None]
+
+# Rows and columns that share a scale; none: all of them.
+TILE: TileShape = (1, 128)
+COLUMN_TILE: TileShape = (128, 1)
+BLOCK: TileShape = (128, 128)
+ROW: TileShape = (1, None)
+TENSOR: TileShape = (None, None)
+
+# DeepSeek's kernels take at least this for a tile's largest value, so that a tile of zeros has a scale.
+AMAX_FLOOR = 1e-4
+_DATA_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE_TYPES = {"fp32": torch.float32, "ue8m0": torch.float8_e8m0fnu}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Values in FP8 with their scales.
+
+    Attributes:
+        data: [..., R, C], ``float8_e4m3fn`` or ``float8_e5m2``.
+        scale: [..., ceil(R / rows), ceil(C / columns)], ``float32`` or ``float8_e8m0fnu``; multiplies.
+        tile: Rows and columns that share a scale.
+    """
+
+    data: Tensor
+    scale: Tensor
+    tile: TileShape
+
+    def __post_init__(self) -> None:
+        """Check that data and scales belong together.
+
+        Raises:
+            PrecisionError: They do not.
+        """
+        if self.data.dtype not in _DATA_TYPES:
+            raise PrecisionError(f"data of {self.data.dtype} is not FP8; quantize() makes float8_e4m3fn or float8_e5m2")
+        if self.scale.dtype not in _SCALE_TYPES.values():
+            raise PrecisionError(
+                f"scales of {self.scale.dtype} are neither float32 nor float8_e8m0fnu; requantize() converts values"
+            )
+        expected = scale_shape(self.data.shape, self.tile)
+        if tuple(self.scale.shape) != expected:
+            raise PrecisionError(
+                f"scales {list(self.scale.shape)} do not fit data {list(self.data.shape)} in tiles of "
+                f"{_name(self.tile)}; they must be {list(expected)}"
+            )
+        if self.scale.device != self.data.device:
+            raise PrecisionError(f"scales on {self.scale.device} and data on {self.data.device}; move one of them")
+
+    @property
+    def scale_format(self) -> ScaleFormat:
+        """How scales are kept."""
+        return "fp32" if self.scale.dtype == torch.float32 else "ue8m0"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data and scales."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values, [..., R, C]; exact in FP32 but for one rounding of the product with an FP32 scale."""
+        values = self.data.to(torch.float32)
+        view, original = _in_tiles(values, self.tile)
+        scaled = view.mul_(self.scale.float()[..., :, None, :, None])
+        return _from_tiles(scaled, original).to(dtype)
+
+
+def quantize(
+    x: Tensor,
+    tile: TileShape = TILE,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "fp32",
+    amax_floor: float = AMAX_FLOOR,
+) -> Quantized:
+    """Quantise with scales from the data at hand.
+
+    A tile that holds an infinity or a NaN decodes to NaN throughout, so that a broken step is seen.
+
+    Args:
+        x: [..., R, C], FP32, BF16 or FP16; with at least one dim, a vector being one row. Sizes need not be multiples
+            of the tile's: the last tiles are smaller.
+        tile: Rows and columns that share a scale.
+        dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
+        scale_format: FP32, or powers of two.
+        amax_floor: A tile's largest value counts as at least this.
+
+    Raises:
+        PrecisionError: A type is not one of these, or ``x`` is a scalar.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PrecisionError(f"{x.dtype} is not quantised; give float32, bfloat16 or float16")
+    if dtype not in _DATA_TYPES:
+        raise PrecisionError(f"{dtype} is not an FP8 format; take float8_e4m3fn or float8_e5m2")
+    if scale_format not in _SCALE_TYPES:
+        raise PrecisionError(f"scale format {scale_format!r} is neither 'fp32' nor 'ue8m0'")
+    if x.dim() < 2:
+        if x.dim() == 0:
+            raise PrecisionError("a scalar has no tiles; give a matrix")
+        raise PrecisionError(f"a vector of {x.numel()} has no rows and columns; give x.unsqueeze(0)")
+    view, original = _in_tiles(x.float(), tile)
+    scale = scale_of(_amax(view, tile), torch.finfo(dtype).max, scale_format, amax_floor)
+    scaled = view / scale.float()[..., :, None, :, None]
+    return Quantized(_from_tiles(scaled, original).to(dtype), scale, tile)
+
+
+def scale_of(amax: Tensor, largest: float, scale_format: ScaleFormat, amax_floor: float = AMAX_FLOOR) -> Tensor:
+    """Return the scales of tiles with these largest magnitudes.
+
+    Args:
+        amax: FP32.
+        largest: Of the data's format.
+        scale_format: FP32, or the power of two that is not below it.
+        amax_floor: ``amax`` counts as at least this.
+
+    Returns:
+        ``float32`` or ``float8_e8m0fnu``; NaN where ``amax`` is not finite.
+    """
+    scale = amax.clamp(min=amax_floor) / largest
+    scale = torch.where(amax.isfinite(), scale, torch.nan)
+    if scale_format == "fp32":
+        return scale
+    mantissa, exponent = torch.frexp(scale)
+    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+    power = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
+    return torch.where(scale.isfinite(), power, torch.nan).to(torch.float8_e8m0fnu)
+
+
+def requantize(
+    q: Quantized,
+    tile: TileShape | None = None,
+    scale_format: ScaleFormat | None = None,
+    amax_floor: float = AMAX_FLOOR,
+) -> Quantized:
+    """Return the same values in other tiles or with scales of another format; rounds once more.
+
+    Args:
+        q: What.
+        tile: None: its own.
+        scale_format: None: its own.
+        amax_floor: As for :func:`quantize`.
+    """
+    return quantize(q.dequantize(), tile or q.tile, q.data.dtype, scale_format or q.scale_format, amax_floor=amax_floor)
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...], tile: TileShape) -> tuple[int, ...]:
+    """Return the shape of the scales of data [..., R, C]."""
+    *batch, rows, columns = shape
+    return (*batch, _count(rows, tile[0]), _count(columns, tile[1]))
+
+
+def _name(tile: TileShape) -> str:
+    return " x ".join("all" if size is None else str(size) for size in tile)
+
+
+def _count(size: int, tile: int | None) -> int:
+    return 1 if tile is None else -(-size // tile)
+
+
+def _in_tiles(x: Tensor, tile: TileShape) -> tuple[Tensor, tuple[int, int]]:
+    """Return [..., row tiles, rows, column tiles, columns], ragged edges filled with zeros, and the size before."""
+    rows, columns = x.shape[-2:]
+    height, width = (size if wish is None else wish for size, wish in zip((rows, columns), tile, strict=True))
+    num_rows, num_columns = _count(rows, tile[0]), _count(columns, tile[1])
+    below, right = num_rows * height - rows, num_columns * width - columns
+    if below or right:
+        x = F.pad(x, (0, right, 0, below))
+    return x.reshape(*x.shape[:-2], num_rows, height, num_columns, width), (rows, columns)
+
+
+def _from_tiles(view: Tensor, size: tuple[int, int]) -> Tensor:
+    *batch, num_rows, height, num_columns, width = view.shape
+    x = view.reshape(*batch, num_rows * height, num_columns * width)
+    return x if x.shape[-2:] == size else x[..., : size[0], : size[1]].contiguous()
+
+
+def _amax(view: Tensor, tile: TileShape) -> Tensor:
+    """Return the largest magnitude of each tile, [..., row tiles, column tiles]."""
+    if not view.numel():
+        return view.new_zeros(*view.shape[:-4], view.shape[-4], view.shape[-2])
+    low, high = torch.aminmax(view, dim=-1) if view.shape[-1] > 1 else (view.squeeze(-1), view.squeeze(-1))
+    if tile[0] == 1:
+        return torch.maximum(-low, high).squeeze(-2)
+    return torch.maximum(-low.amin(dim=-2), high.amax(dim=-2))

@@ -1,0 +1,168 @@
+"""Tiles and scales of FP8: against a loop over tiles, at ragged edges, and on input that no scale can save."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cofire.errors import PrecisionError
+from cofire.precision.quantize import (
+    AMAX_FLOOR,
+    BLOCK,
+    COLUMN_TILE,
+    ROW,
+    TENSOR,
+    TILE,
+    Quantized,
+    quantize,
+    requantize,
+    scale_of,
+)
+
+TILES = [TILE, COLUMN_TILE, BLOCK, ROW, TENSOR]
+TYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def slow(x: torch.Tensor, tile, dtype: torch.dtype, scale_format: str) -> torch.Tensor:
+    """Quantise and dequantise tile by tile, in Python."""
+    rows, columns = x.shape
+    height, width = tile[0] or max(rows, 1), tile[1] or max(columns, 1)
+    out = torch.empty_like(x)
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            part = x[top : top + height, left : left + width]
+            scale = torch.tensor(max(part.abs().max().item(), AMAX_FLOOR)) / torch.finfo(dtype).max
+            if scale_format == "ue8m0":
+                power = math.ceil(math.log2(scale.item()))
+                while 2.0 ** (power - 1) >= scale.item():
+                    power -= 1
+                while 2.0**power < scale.item():
+                    power += 1
+                scale = torch.tensor(2.0**power)
+            out[top : top + height, left : left + width] = (part / scale).to(dtype).float() * scale
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from(TILES),
+    st.sampled_from(TYPES),
+    st.sampled_from(["fp32", "ue8m0"]),
+    st.integers(-30, 30),
+    st.integers(0, 1000),
+)
+def test_every_tile_is_what_a_loop_over_tiles_makes_of_it(rows, columns, tile, dtype, scale_format, power, seed):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    q = quantize(x, tile, dtype, scale_format)
+    assert q.scale_format == scale_format
+    assert torch.equal(q.dequantize(), slow(x, tile, dtype, scale_format))
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_a_batch_of_matrices_is_each_matrix_by_itself(tile):
+    x = torch.randn(3, 2, 130, 200)
+    q = quantize(x, tile)
+    for index in [(0, 0), (2, 1)]:
+        one = quantize(x[index], tile)
+        assert torch.equal(q.scale[index], one.scale)
+        assert torch.equal(q.data[index].view(torch.uint8), one.data.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (5, 0), (0, 0), (2, 0, 7)])
+@pytest.mark.parametrize("tile", TILES)
+def test_empty_matrices_come_back_empty(shape, tile):
+    q = quantize(torch.empty(shape), tile)
+    assert q.dequantize().shape == shape
+
+
+def test_relative_error_of_a_tile_is_that_of_three_bits():
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
+    for scale_format, published in (("fp32", 0.0257), ("ue8m0", 0.0266)):
+        error = quantize(x, TILE, scale_format=scale_format).dequantize() - x
+        assert (error.norm() / x.norm()).item() == pytest.approx(published, rel=0.01)
+
+
+def test_an_outlier_spoils_its_own_tile_alone():
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(2))
+    spoilt = x.clone()
+    spoilt[:, 7] *= 2e4
+    by_tile, by_tensor = quantize(spoilt, TILE).dequantize(), quantize(spoilt, TENSOR).dequantize()
+    clean = quantize(x, TILE).dequantize()
+    assert torch.equal(by_tile[:, 128:], clean[:, 128:])
+    assert (by_tensor[:, 128:] - x[:, 128:]).norm() > 3 * (clean[:, 128:] - x[:, 128:]).norm()
+
+
+def test_tiles_of_zeros_and_of_small_numbers_have_the_floor_as_their_scale():
+    x = torch.zeros(2, 128)
+    x[1, 3] = 1e-6
+    q = quantize(x)
+    assert q.scale.flatten().tolist() == [torch.tensor(AMAX_FLOOR).div(448).item()] * 2
+    assert torch.equal(q.dequantize()[0], torch.zeros(128))
+    assert quantize(x, amax_floor=1e-12).dequantize()[1, 3].item() == pytest.approx(1e-6, rel=1e-6)
+
+
+def test_the_sign_of_zero_and_the_largest_value_survive():
+    x = torch.tensor([[-0.0, 0.0, 3.0, -3.0]])
+    values = quantize(x, scale_format="ue8m0").dequantize()
+    assert torch.signbit(values).tolist() == [[True, False, False, True]]
+    assert quantize(x).data.float().abs().max().item() == 448.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
+def test_a_tile_with_a_number_that_is_not_finite_is_not_a_number_at_all(bad, scale_format):
+    x = torch.ones(2, 256)
+    x[1, 130] = bad
+    values = quantize(x, scale_format=scale_format).dequantize()
+    assert values[1, 128:].isnan().all()
+    assert values[0].isfinite().all()
+    assert values[1, :128].isfinite().all()
+
+
+@given(st.floats(2.0**-110, 2.0**127, width=32))
+def test_power_of_two_scales_are_the_next_above_and_hold_the_largest_value(amax):
+    scale = scale_of(torch.tensor([amax]), 448.0, "ue8m0", 0.0).float().item()
+    exact = (torch.tensor(amax) / 448.0).item()
+    assert math.frexp(scale)[0] == 0.5
+    assert scale >= exact
+    assert scale / 2 < exact
+
+
+def test_a_change_of_tiles_or_scales_rounds_the_values_again():
+    x = torch.randn(256, 384, generator=torch.Generator().manual_seed(3))
+    q = quantize(x)
+    turned = requantize(q, COLUMN_TILE)
+    assert torch.equal(turned.data.float(), quantize(q.dequantize(), COLUMN_TILE).data.float())
+    powers = requantize(q, scale_format="ue8m0")
+    assert powers.scale_format == "ue8m0"
+    assert (powers.dequantize() - q.dequantize()).norm() < 0.04 * x.norm()
+    exact = quantize(x, scale_format="ue8m0")
+    # With powers of two, values on a coarser grid move to other tiles with their mantissa as it is.
+    moved = requantize(requantize(exact, TENSOR), TILE).dequantize()
+    assert (moved - exact.dequantize()).norm() < 0.03 * x.norm()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: quantize(torch.ones(2, 2, dtype=torch.float64)), "float64 is not quantised"),
+        (lambda: quantize(torch.ones(2, 2, dtype=torch.int32)), "int32 is not quantised"),
+        (lambda: quantize(torch.ones(())), "a scalar has no tiles"),
+        (lambda: quantize(torch.ones(5)), "a vector of 5"),
+        (lambda: quantize(torch.ones(2, 2), dtype=torch.float16), "not an FP8 format"),
+        (lambda: quantize(torch.ones(2, 2), scale_format="bf16"), "neither 'fp32' nor 'ue8m0'"),  # pyright: ignore
+        (lambda: Quantized(torch.ones(2, 2), torch.ones(2, 1), TILE), "is not FP8"),
+        (lambda: Quantized(torch.ones(2, 256).to(TYPES[0]), torch.ones(2, 1), TILE), "must be \\[2, 2\\]"),
+        (lambda: Quantized(torch.ones(2, 2).to(TYPES[0]), torch.ones(2, 1, dtype=torch.uint8), TILE), "requantize"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(make, message):
+    with pytest.raises(PrecisionError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
