@@ -28,6 +28,7 @@ _HOMES = {
     "CollectiveError": "cofire.errors",
     "JobError": "cofire.errors",
     "PlanError": "cofire.errors",
+    "PrecisionError": "cofire.errors",
     "SearchError": "cofire.errors",
     "ServeError": "cofire.errors",
     "SpecError": "cofire.errors",

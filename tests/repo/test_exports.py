@@ -32,6 +32,7 @@ ERRORS = {
     "CollectiveError",
     "JobError",
     "PlanError",
+    "PrecisionError",
     "SearchError",
     "ServeError",
     "SpecError",
