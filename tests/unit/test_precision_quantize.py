@@ -18,8 +18,12 @@ from cofire.precision.quantize import (
     TENSOR,
     TILE,
     Quantized,
+    _from_tiles,
+    _in_tiles,
+    _quantize,
     quantize,
     requantize,
+    round_values,
     scale_of,
 )
 
@@ -62,6 +66,54 @@ def test_every_tile_is_what_a_loop_over_tiles_makes_of_it(rows, columns, tile, d
     q = quantize(x, tile, dtype, scale_format)
     assert q.scale_format == scale_format
     assert torch.equal(q.dequantize(), slow(x, tile, dtype, scale_format))
+
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 300))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    SHAPES,
+    st.sampled_from([TILE, COLUMN_TILE, BLOCK]),
+    st.sampled_from(TYPES),
+    st.sampled_from(["fp32", "ue8m0"]),
+    st.sampled_from([AMAX_FLOOR, 1e-30]),
+    st.integers(0, 1000),
+)
+def test_native_kernels_give_the_bits_of_pytorch(shape, tile, dtype, scale_format, floor, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-60, 60, shape, generator=generator)
+    x[torch.rand(shape, generator=generator) < 0.01] = 0.0
+    if seed % 3 == 0:
+        x.view(-1)[seed % x.numel()] = [math.inf, -math.inf, math.nan][seed % 9 // 3]
+    native, plain = quantize(x, tile, dtype, scale_format, floor), _quantize(x, tile, dtype, scale_format, floor)
+    scales = [q.scale.float().nan_to_num(-1.0) for q in (native, plain)]
+    assert torch.equal(scales[0], scales[1])
+    numbers = ~plain.data.float().isnan()
+    codes = [q.data.view(torch.uint8) for q in (native, plain)]
+    assert torch.equal(native.data.float().isnan(), ~numbers)
+    assert torch.equal(codes[0][numbers], codes[1][numbers])
+    values = native.dequantize()
+    view, size = _in_tiles(native.data.float(), tile)
+    slow_values = _from_tiles(view * native.scale.float()[..., :, None, :, None], size)
+    assert torch.equal(values.nan_to_num(7.0), slow_values.nan_to_num(7.0))
+    assert torch.equal(round_values(x, tile, dtype, scale_format, floor).nan_to_num(7.0), values.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_code_and_every_bf16_number_is_rounded_as_pytorch_casts_it(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    q = Quantized(codes.view(2, 128), torch.ones(2, 1), TILE)
+    assert torch.equal(q.dequantize().view(-1).nan_to_num(7.0, 8.0, 9.0), codes.float().nan_to_num(7.0, 8.0, 9.0))
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    largest = torch.finfo(dtype).max
+    inside = every[every.abs() <= largest].view(-1, 1)
+    # A second column with the largest value makes the scale 1 for every row.
+    x = torch.cat([inside, torch.full_like(inside, largest)], dim=1)
+    found = quantize(x, TILE, dtype)
+    assert (found.scale == 1).all()
+    assert torch.equal(found.data[:, 0].view(torch.uint8), inside[:, 0].to(dtype).view(torch.uint8))
+    assert torch.equal(round_values(x, TILE, dtype)[:, 0], inside[:, 0].to(dtype).float())
 
 
 @pytest.mark.parametrize("tile", TILES)

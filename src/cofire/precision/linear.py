@@ -28,6 +28,7 @@ from cofire.precision.quantize import (
     ScaleFormat,
     TileShape,
     quantize,
+    round_values,
 )
 
 # Gradients of a mean over tokens are small: DeepSeek's floor for activations would take them below FP8's range.
@@ -105,8 +106,8 @@ class _FP8Linear(torch.autograd.Function):
             by_row = _gradient(grad, ctx.recipe.gradient_tile, ctx.recipe)
             grad_x = product(by_row, _operand(weights).t()).to(ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            columns = quantize(_operand(inputs), COLUMN_TILE, scale_format=ctx.recipe.input_scale)
-            grad_weight = weight_gradient(_gradient(grad, COLUMN_TILE, ctx.recipe), _operand(columns)).float()
+            columns = _columns(_operand(inputs), ctx.recipe)
+            grad_weight = weight_gradient(_gradient(grad, COLUMN_TILE, ctx.recipe), columns).float()
         return grad_x, grad_weight, None
 
 
@@ -129,11 +130,9 @@ class _FP8GroupedLinear(torch.autograd.Function):
             grad_x = grouped_product(by_row, _operand(weights).transpose(1, 2), counts).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             place, size = _expert_places(counts, grad.device)
-            columns = quantize(_spread(_operand(inputs), place, size), COLUMN_TILE, scale_format=ctx.recipe.input_scale)
-            by_column = _gradient(_spread(grad, place, size), COLUMN_TILE, ctx.recipe)
-            grad_weight = grouped_weight_gradient(
-                by_column.index_select(0, place), _operand(columns).index_select(0, place), counts
-            ).float()
+            columns = _columns(_spread(_operand(inputs), place, size), ctx.recipe).index_select(0, place)
+            by_column = _gradient(_spread(grad, place, size), COLUMN_TILE, ctx.recipe).index_select(0, place)
+            grad_weight = grouped_weight_gradient(by_column, columns, counts).float()
         return grad_x, grad_weight, None, None
 
 
@@ -143,11 +142,21 @@ def _quantize_operands(x: Tensor, weight: Tensor, recipe: FP8Recipe) -> tuple[Qu
 
 def _operand(q: Quantized) -> Tensor:
     """Return values in the type in which products run."""
-    return q.dequantize(torch.float32 if q.data.device.type == "cpu" else torch.bfloat16)
+    return q.dequantize(_product_dtype(q.data))
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "cpu" else torch.bfloat16
 
 
 def _gradient(grad: Tensor, tile: TileShape, recipe: FP8Recipe) -> Tensor:
-    return _operand(quantize(grad, tile, scale_format=recipe.gradient_scale, amax_floor=GRADIENT_FLOOR))
+    values = round_values(grad, tile, scale_format=recipe.gradient_scale, amax_floor=GRADIENT_FLOOR)
+    return values.to(_product_dtype(values))
+
+
+def _columns(values: Tensor, recipe: FP8Recipe) -> Tensor:
+    """Return inputs that were in tiles of 1 x 128 in tiles of 128 x 1."""
+    return round_values(values, COLUMN_TILE, scale_format=recipe.input_scale).to(values.dtype)
 
 
 def _save(ctx: Any, inputs: Quantized, weights: Quantized) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.errors import PrecisionError
+from cofire.precision import cpu_kernels
 
 ScaleFormat = Literal["fp32", "ue8m0"]
 TileShape = tuple[int | None, int | None]
@@ -85,6 +86,8 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values, [..., R, C]; exact in FP32 but for one rounding of the product with an FP32 scale."""
+        if _has_kernel(self.data, self.tile) and self.data.is_contiguous() and self.scale.is_contiguous():
+            return cpu_kernels.dequantize_tiles(self.data, self.scale, _fixed(self.tile)).to(dtype)
         values = self.data.to(torch.float32)
         view, original = _in_tiles(values, self.tile)
         scaled = view.mul_(self.scale.float()[..., :, None, :, None])
@@ -113,17 +116,36 @@ def quantize(
     Raises:
         PrecisionError: A type is not one of these, or ``x`` is a scalar.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise PrecisionError(f"{x.dtype} is not quantised; give float32, bfloat16 or float16")
-    if dtype not in _DATA_TYPES:
-        raise PrecisionError(f"{dtype} is not an FP8 format; take float8_e4m3fn or float8_e5m2")
-    if scale_format not in _SCALE_TYPES:
-        raise PrecisionError(f"scale format {scale_format!r} is neither 'fp32' nor 'ue8m0'")
-    if x.dim() < 2:
-        if x.dim() == 0:
-            raise PrecisionError("a scalar has no tiles; give a matrix")
-        raise PrecisionError(f"a vector of {x.numel()} has no rows and columns; give x.unsqueeze(0)")
-    view, original = _in_tiles(x.float(), tile)
+    _check(x, dtype, scale_format)
+    x = x.detach().float()
+    if _has_kernel(x, tile):
+        codes, scale = cpu_kernels.quantize_tiles(
+            x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
+        )
+        return Quantized(codes, scale, tile)
+    return _quantize(x, tile, dtype, scale_format, amax_floor)
+
+
+def round_values(
+    x: Tensor,
+    tile: TileShape = TILE,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "fp32",
+    amax_floor: float = AMAX_FLOOR,
+) -> Tensor:
+    """Return ``quantize(...).dequantize()``, [..., R, C] FP32, in one pass where there is a kernel for that."""
+    _check(x, dtype, scale_format)
+    x = x.detach().float()
+    if _has_kernel(x, tile):
+        return cpu_kernels.round_to_tiles(x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor)
+    return _quantize(x, tile, dtype, scale_format, amax_floor).dequantize()
+
+
+def _quantize(
+    x: Tensor, tile: TileShape, dtype: torch.dtype, scale_format: ScaleFormat, amax_floor: float
+) -> Quantized:
+    """Quantise with PyTorch's operations, on any device."""
+    view, original = _in_tiles(x, tile)
     scale = scale_of(_amax(view, tile), torch.finfo(dtype).max, scale_format, amax_floor)
     scaled = view / scale.float()[..., :, None, :, None]
     return Quantized(_from_tiles(scaled, original).to(dtype), scale, tile)
@@ -172,6 +194,31 @@ def scale_shape(shape: torch.Size | tuple[int, ...], tile: TileShape) -> tuple[i
     """Return the shape of the scales of data [..., R, C]."""
     *batch, rows, columns = shape
     return (*batch, _count(rows, tile[0]), _count(columns, tile[1]))
+
+
+def _check(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PrecisionError(f"{x.dtype} is not quantised; give float32, bfloat16 or float16")
+    if dtype not in _DATA_TYPES:
+        raise PrecisionError(f"{dtype} is not an FP8 format; take float8_e4m3fn or float8_e5m2")
+    if scale_format not in _SCALE_TYPES:
+        raise PrecisionError(f"scale format {scale_format!r} is neither 'fp32' nor 'ue8m0'")
+    if x.dim() == 0:
+        raise PrecisionError("a scalar has no tiles; give a matrix")
+    if x.dim() == 1:
+        raise PrecisionError(f"a vector of {x.numel()} has no rows and columns; give x.unsqueeze(0)")
+
+
+def _has_kernel(x: Tensor, tile: TileShape) -> bool:
+    """Return whether ``cpu_kernels`` takes a tensor; it makes dense ones."""
+    return x.device.type == "cpu" and None not in tile and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _fixed(tile: TileShape) -> tuple[int, int]:
+    height, width = tile
+    assert height is not None
+    assert width is not None
+    return height, width
 
 
 def _name(tile: TileShape) -> str:

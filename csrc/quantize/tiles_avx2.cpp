@@ -1,0 +1,2 @@
+#define COFIRE_VARIANT avx2
+#include "quantize/tiles_generic.h"
