@@ -22,6 +22,7 @@ from cofire.precision.quantize import (
     _in_tiles,
     _quantize,
     quantize,
+    quantize_and_round,
     requantize,
     round_values,
     scale_of,
@@ -98,6 +99,9 @@ def test_native_kernels_give_the_bits_of_pytorch(shape, tile, dtype, scale_forma
     slow_values = _from_tiles(view * native.scale.float()[..., :, None, :, None], size)
     assert torch.equal(values.nan_to_num(7.0), slow_values.nan_to_num(7.0))
     assert torch.equal(round_values(x, tile, dtype, scale_format, floor).nan_to_num(7.0), values.nan_to_num(7.0))
+    both, both_values = quantize_and_round(x, tile, dtype, scale_format, floor)
+    assert torch.equal(both.data.view(torch.uint8), codes[0])
+    assert torch.equal(both_values.nan_to_num(7.0), values.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

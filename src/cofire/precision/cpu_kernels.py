@@ -42,6 +42,16 @@ def quantize_tiles(
     return codes, scales
 
 
+def quantize_and_round(
+    x: Tensor, tile: tuple[int, int], dtype: torch.dtype, power_of_two: bool, amax_floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`quantize_tiles` and :func:`round_to_tiles` return, in one pass."""
+    codes, values = torch.empty(x.shape, dtype=dtype), torch.empty_like(x)
+    scales = torch.empty(_scale_shape(x, tile), dtype=torch.float8_e8m0fnu if power_of_two else torch.float32)
+    _quantize(x, codes, scales, values, tile, dtype, power_of_two, amax_floor)
+    return codes, scales, values
+
+
 def round_to_tiles(
     x: Tensor, tile: tuple[int, int], dtype: torch.dtype, power_of_two: bool, amax_floor: float
 ) -> Tensor:

@@ -27,7 +27,7 @@ from cofire.precision.quantize import (
     Quantized,
     ScaleFormat,
     TileShape,
-    quantize,
+    quantize_and_round,
     round_values,
 )
 
@@ -90,10 +90,9 @@ class _FP8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inputs, weights = _quantize_operands(rows, weight, recipe)
-        _save(ctx, inputs, weights)
+        inputs, weights = _forward_operands(ctx, rows, weight, recipe)
         ctx.recipe, ctx.shape, ctx.dtype = recipe, x.shape, x.dtype
-        y = product(_operand(inputs), _operand(weights))
+        y = product(inputs, weights)
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -114,10 +113,9 @@ class _FP8Linear(torch.autograd.Function):
 class _FP8GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], recipe: FP8Recipe) -> Tensor:
-        inputs, weights = _quantize_operands(x, weight, recipe)
-        _save(ctx, inputs, weights)
+        inputs, weights = _forward_operands(ctx, x, weight, recipe)
         ctx.recipe, ctx.counts, ctx.dtype = recipe, counts, x.dtype
-        return grouped_product(_operand(inputs), _operand(weights), counts).to(x.dtype)
+        return grouped_product(inputs, weights, counts).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -136,8 +134,12 @@ class _FP8GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-def _quantize_operands(x: Tensor, weight: Tensor, recipe: FP8Recipe) -> tuple[Quantized, Quantized]:
-    return quantize(x, TILE, scale_format=recipe.input_scale), quantize(weight, BLOCK)
+def _forward_operands(ctx: Any, x: Tensor, weight: Tensor, recipe: FP8Recipe) -> tuple[Tensor, Tensor]:
+    """Quantise both, keep them for the backward pass, and return their values."""
+    inputs, x_values = quantize_and_round(x, TILE, scale_format=recipe.input_scale)
+    weights, weight_values = quantize_and_round(weight, BLOCK)
+    ctx.save_for_backward(inputs.data, inputs.scale, weights.data, weights.scale)
+    return x_values.to(_product_dtype(x)), weight_values.to(_product_dtype(weight))
 
 
 def _operand(q: Quantized) -> Tensor:
@@ -157,10 +159,6 @@ def _gradient(grad: Tensor, tile: TileShape, recipe: FP8Recipe) -> Tensor:
 def _columns(values: Tensor, recipe: FP8Recipe) -> Tensor:
     """Return inputs that were in tiles of 1 x 128 in tiles of 128 x 1."""
     return round_values(values, COLUMN_TILE, scale_format=recipe.input_scale).to(values.dtype)
-
-
-def _save(ctx: Any, inputs: Quantized, weights: Quantized) -> None:
-    ctx.save_for_backward(inputs.data, inputs.scale, weights.data, weights.scale)
 
 
 def _saved(ctx: Any) -> tuple[Quantized, Quantized]:

@@ -141,6 +141,25 @@ def round_values(
     return _quantize(x, tile, dtype, scale_format, amax_floor).dequantize()
 
 
+def quantize_and_round(
+    x: Tensor,
+    tile: TileShape = TILE,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "fp32",
+    amax_floor: float = AMAX_FLOOR,
+) -> tuple[Quantized, Tensor]:
+    """Return ``q = quantize(...)`` and ``q.dequantize()``, in one pass where there is a kernel for that."""
+    _check(x, dtype, scale_format)
+    x = x.detach().float()
+    if _has_kernel(x, tile):
+        codes, scale, values = cpu_kernels.quantize_and_round(
+            x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
+        )
+        return Quantized(codes, scale, tile), values
+    q = _quantize(x, tile, dtype, scale_format, amax_floor)
+    return q, q.dequantize()
+
+
 def _quantize(
     x: Tensor, tile: TileShape, dtype: torch.dtype, scale_format: ScaleFormat, amax_floor: float
 ) -> Quantized:
