@@ -10,6 +10,7 @@ import torch
 
 from cofire.errors import ServeError, SpecError
 from cofire.model import build, huggingface
+from cofire.precision.quantize import BLOCK, quantize
 from cofire.spec import ModelSpec, load_as
 
 transformers = pytest.importorskip("transformers")
@@ -176,3 +177,49 @@ def test_a_shape_that_no_deepseek_model_has_is_refused_and_nothing_is_written(tm
     with pytest.raises(SpecError, match="no experts"):
         huggingface.save(decoder, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scales", ["fp32", "ue8m0"])
+def test_an_fp8_folder_is_read_by_transformers_and_by_us_alike(scales, tmp_path):
+    decoder = _decoder("mtp=none")
+    huggingface.save(decoder, tmp_path / "m", fp8=scales)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m",
+        dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+    ).eval()
+    ours, tokens = huggingface.load(tmp_path / "m"), _tokens(decoder.spec)
+    with torch.no_grad():
+        theirs = peer(tokens).logits
+    assert torch.allclose(_logits(ours, tokens), theirs, atol=2e-4)
+    exact = _logits(decoder, tokens)
+    difference = (theirs - exact).norm() / exact.norm()
+    assert 0.001 < difference.item() < 0.2
+
+
+def test_an_fp8_folder_is_a_quarter_in_size_and_keeps_other_weights_as_they_are(tmp_path):
+    decoder = _decoder("hidden_size=256", "intermediate_size=512", "moe.expert_intermediate_size=128")
+    huggingface.save(decoder, tmp_path / "wide", dtype=torch.float32)
+    huggingface.save(decoder, tmp_path / "narrow", dtype=torch.float32, fp8="fp32", shard_bytes=200_000)
+    weights = json.loads((tmp_path / "narrow" / "model.safetensors.index.json").read_text())
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")) for name in ("wide", "narrow")
+    ]
+    assert sizes[1] < 0.45 * sizes[0]
+    assert abs(weights["metadata"]["total_size"] - sizes[1]) < 0.05 * sizes[1]
+    loaded = dict(huggingface.named_slots(huggingface.load(tmp_path / "narrow")))
+    for name, slot in huggingface.named_slots(decoder):
+        if name + "_scale_inv" in weights["weight_map"]:
+            assert slot.dim() == 2
+            expected = quantize(slot.contiguous(), BLOCK, amax_floor=1e-30).dequantize()
+            assert torch.equal(loaded[name], expected), name
+        else:
+            assert torch.equal(loaded[name], slot), name
+    kept = {name for name, slot in huggingface.named_slots(decoder) if name + "_scale_inv" not in weights["weight_map"]}
+    matrices = {name for name in kept if loaded[name].dim() == 2}
+    assert {".".join(name.split(".")[-2:]) for name in matrices} == {
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "gate.weight",
+        "eh_proj.weight",
+    }

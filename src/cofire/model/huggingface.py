@@ -4,17 +4,19 @@ A folder holds ``config.json`` and either ``model.safetensors`` or shards with `
 takes one tensor at a time into a decoder that was allocated empty; every tensor must find its place and every
 place its tensor, but a file without its MTP layers is accepted (then the decoder has none). FP8 checkpoints store a
 weight as E4M3 with ``<name>_scale_inv``, one FP32 factor per 128 x 128 block by which it is multiplied; they
-are widened while they are read.
+are widened while they are read. In such a file as DeepSeek releases it, and as it is written here, the linear layers of
+attention, feed-forward layers and experts are FP8; embedding, head, router, norms and MTP's projection are not.
 
 Released MTP modules lie behind the last layer as ``model.layers.<num_layers + k>`` (README_WEIGHTS of
 DeepSeek-V3), with their own copies of embedding and head, which repeat the main model's and are skipped.
 
-Left out: writing FP8, and every other model family.
+Left out: every other model family.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from cofire.errors import ServeError, SpecError
 from cofire.model.build import build
 from cofire.model.decoder import Decoder
 from cofire.model.moe import MoELayer
+from cofire.precision.quantize import BLOCK, Quantized, ScaleFormat, quantize
 from cofire.spec import MLASpec, ModelSpec, MoESpec, MTPSpec, RopeSpec, YarnSpec
 
 FP8_BLOCK = 128
@@ -354,8 +357,7 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, name: str = "weight") -> Te
         raise ServeError(
             f"{name}_scale_inv has shape {list(scale.shape)}, but {list(expected)} blocks of 128 x 128 need one each"
         )
-    wide = scale.float().repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    return weight.float() * wide
+    return Quantized(weight.contiguous(), scale.float().contiguous(), BLOCK).dequantize()
 
 
 def _tensor_files(root: Path) -> dict[str, Path]:
@@ -392,6 +394,7 @@ def save(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     shard_bytes: int = _SHARD_BYTES,
+    fp8: ScaleFormat | None = None,
 ) -> None:
     """Write a folder that ``transformers.AutoModelForCausalLM`` loads; an older one of that name is replaced.
 
@@ -400,6 +403,8 @@ def save(
         folder: Appears whole or not at all.
         dtype: Of the weights in the file; none: as they are. Selection biases stay FP32.
         shard_bytes: A new file begins before one would pass this size.
+        fp8: Write linear layers in FP8 with one factor a block of 128 x 128, in FP32 or as powers of two (which
+            are FP32 numbers in the file all the same); none: in ``dtype``.
 
     Raises:
         SpecError: The decoder's shape is no DeepSeek model's.
@@ -408,12 +413,19 @@ def save(
     root = Path(folder)
     dtype = dtype or decoder.embedding.weight.dtype
     config = config_from_spec(decoder.spec, dtype)
+    if fp8 is not None:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        } | ({"scale_fmt": "ue8m0"} if fp8 == "ue8m0" else {})
     hidden = root.with_name(f".{root.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
         (hidden / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-        _write_shards(decoder, hidden, dtype, shard_bytes)
+        _write_shards(decoder, hidden, dtype, shard_bytes, fp8)
         for path in hidden.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -424,11 +436,34 @@ def save(
         raise ServeError(f"cannot write {root}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _write_shards(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def _is_fp8(name: str) -> bool:
+    """Return whether a tensor is FP8 in an FP8 checkpoint: the matrices of linear layers inside the blocks."""
+    return (".self_attn." in name and "_proj" in name) or (".mlp." in name and name.endswith("_proj.weight"))
+
+
+def _stored(name: str, slot: Tensor, dtype: torch.dtype, fp8: ScaleFormat | None) -> dict[str, Tensor]:
+    """Return what a file holds of one of our tensors, by name."""
+    if fp8 is not None and _is_fp8(name):
+        # No floor worth the name: a block of small weights keeps its digits.
+        q = quantize(slot.cpu().float(), BLOCK, scale_format=fp8, amax_floor=1e-30)
+        return {name: q.data, f"{name}_scale_inv": q.scale.float()}
+    kept = torch.float32 if name.endswith("_bias") else dtype
+    return {name: slot.to(kept, copy=True).cpu().contiguous()}
+
+
+def _stored_bytes(name: str, slot: Tensor, dtype: torch.dtype, fp8: ScaleFormat | None) -> int:
+    if fp8 is not None and _is_fp8(name):
+        return slot.numel() + 4 * math.prod(-(-size // FP8_BLOCK) for size in slot.shape)
+    return slot.numel() * (4 if name.endswith("_bias") else dtype.itemsize)
+
+
+def _write_shards(
+    decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int, fp8: ScaleFormat | None
+) -> None:
     shards: list[list[str]] = [[]]
     slots, size, total = dict(named_slots(decoder)), 0, 0
     for name, slot in slots.items():
-        bytes_ = slot.numel() * (4 if name.endswith("_bias") else dtype.itemsize)
+        bytes_ = _stored_bytes(name, slot, dtype, fp8)
         if shards[-1] and size + bytes_ > shard_bytes:
             shards.append([])
             size = 0
@@ -437,12 +472,11 @@ def _write_shards(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byte
     files = {}
     for i, names in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            name: slots[name].to(torch.float32 if name.endswith("_bias") else dtype, copy=True).cpu().contiguous()
-            for name in names
-        }
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= _stored(name, slots[name], dtype, fp8)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        files.update(dict.fromkeys(names, file))
+        files.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / _INDEX).write_text(json.dumps(index, indent=1), "utf-8")
