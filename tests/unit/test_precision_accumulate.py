@@ -202,6 +202,14 @@ def test_an_aligned_term_is_cut_towards_zero_in_both_directions() -> None:
         assert accumulate(a, b).item() == sign * (1 + 2.0**-13)
 
 
+def test_a_sum_wider_than_fp32_is_cut_and_not_rounded() -> None:
+    # 20 * 448**2 - 2**-6 takes 28 bits; FP32 would round it up, 24 bits cut towards zero do not.
+    a = torch.tensor([[448.0] * 20 + [2.0**-3]])
+    b = torch.tensor([[448.0] * 20 + [-(2.0**-3)]])
+    got = accumulate(a, b, AccumulatorSpec(kept_bits=23, accumulator_bits=24))
+    assert got.item() == 20 * 448**2 - 0.25
+
+
 def test_a_large_partial_sum_swallows_what_promotion_keeps() -> None:
     # 448 * 448 in the first interval; ones after it are below its last bit unless the accumulator starts again.
     a = torch.ones(1, 256)
@@ -254,7 +262,7 @@ def test_an_interval_of_the_whole_contraction_is_none() -> None:
 
 def test_partial_sums_are_rounded_to_fp32_before_they_are_promoted() -> None:
     generator = torch.Generator().manual_seed(10)
-    a, b = (torch.randn(40, 256, generator=generator).exp().mul(3).to(E4M3).float() for _ in range(2))
+    a, b = (torch.randn(40, 256, generator=generator).mul(3).exp().clamp(max=448).to(E4M3).float() for _ in range(2))
     total = torch.zeros(40, 40)
     for part in torch.arange(256).split(64):
         total += (a[:, part].double() @ b[:, part].double().T).float()
