@@ -169,7 +169,8 @@ def test_rounding_is_idempotent_monotone_and_odd(bits: list[int], name: str, sat
 @each_format
 def test_many_numbers_give_the_codes_and_values_of_few(format: FloatFormat) -> None:
     x = hard_values(format)
-    many = x.repeat(1 + (2 * formats._CHUNK) // x.numel())[: 2 * formats._CHUNK + 6]
+    count = 2 * formats._CHUNK * torch.get_num_threads() + 6
+    many = x.repeat(1 + count // x.numel())[:count]
     matrix = many.reshape(-1, 2).t()  # Not contiguous.
     codes = formats.encode(matrix, format)
     assert codes.shape == matrix.shape

@@ -247,7 +247,7 @@ def test_rows_and_tiles_do_not_notice_each_other(length: int, bits: int) -> None
 
 @each_bits
 def test_many_tiles_give_the_codes_of_few(bits: int) -> None:
-    rows = 2 * logfmt._TILES_AT_A_TIME // 3 + 7
+    rows = 2 * logfmt._TILES_AT_A_TIME * torch.get_num_threads() // 3 + 7
     x = samples("student", rows, 2 * TILE_SIZE + 1)
     encoded = logfmt.encode(x, bits)
     few = [logfmt.encode(part, bits) for part in x.split(100)]

@@ -32,7 +32,7 @@ _FP32_BIAS = 127
 _FP32_MANTISSA_BITS = 23
 _FP32_INFINITY = 0x7F800000
 _FP32_SMALLEST_NORMAL = 0x00800000
-# Elements that a CPU takes at a time: what lies between the steps stays in its second-level cache.
+# Elements that a thread of a CPU takes at a time: what lies between the steps stays in its second-level cache.
 _CHUNK = 2**17
 
 
@@ -141,10 +141,11 @@ def encode(x: Tensor, format: FloatFormat, saturate: bool = True) -> Tensor:
 
 def _in_chunks(x: Tensor, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return what an elementwise function makes of a tensor."""
-    if x.device.type != "cpu" or x.numel() <= _CHUNK:
+    size = _CHUNK * torch.get_num_threads()
+    if x.device.type != "cpu" or x.numel() <= size:
         return function(x).to(dtype)
     y = torch.empty(x.shape, dtype=dtype)
-    for source, target in zip(x.reshape(-1).split(_CHUNK), y.view(-1).split(_CHUNK), strict=True):
+    for source, target in zip(x.reshape(-1).split(size), y.view(-1).split(size), strict=True):
         target.copy_(function(source))
     return y
 

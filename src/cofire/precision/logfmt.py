@@ -41,7 +41,7 @@ BITS_MIN, BITS_MAX = 3, 10
 RANGE_MAX = 2.0**32
 _STEP_MIN = 2.0**-19
 _SMALLEST_NORMAL = 2.0**-126
-# Half a megabyte of FP32.
+# Of a thread of a CPU: half a megabyte of FP32.
 _TILES_AT_A_TIME = 1024
 _MAGNITUDE_BITS = 0x7FFFFFFF
 _INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,7 +162,7 @@ def encode(x: Tensor, bits: int = 8, underflow: Underflow = "clamp") -> LogFMT:
 
 def _parts(tiles: Tensor) -> Iterator[slice]:
     """Yield the tiles to take at a time: on a CPU few enough that what is between the steps stays in its cache."""
-    size = _TILES_AT_A_TIME if tiles.device.type == "cpu" else max(1, tiles.numel())
+    size = _TILES_AT_A_TIME * torch.get_num_threads() if tiles.device.type == "cpu" else max(1, tiles.numel())
     for first in range(0, tiles.numel(), size):
         yield slice(first, first + size)
 

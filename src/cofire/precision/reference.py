@@ -2,7 +2,7 @@
 
 A format's values come from its bit fields one code at a time, and the nearest one from a search among all of them.
 LogFMT (ISCA'25, 3.2) goes tile by tile through the table of its decoded values, in FP64. Shares no arithmetic with
-what it checks. Imports no PyTorch arithmetic; left out: speed.
+what it checks. Left out: speed.
 """
 
 from __future__ import annotations
