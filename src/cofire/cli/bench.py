@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cofire.cli.bench_precision import precision
 from cofire.cli.options import JsonOption, complete_cluster
 from cofire.cli.output import console, print_json
 from cofire.cli.plan_question import check_suffix
@@ -21,9 +22,10 @@ _COLOURS = ("#2a78d6", "#e0622b", "#158a4f", "#c8478b")
 
 def register(app: typer.Typer) -> None:
     """Add ``cofire bench ...``."""
-    group = typer.Typer(no_args_is_help=True, help="Measure collectives on this machine.")
+    group = typer.Typer(no_args_is_help=True, help="Measure collectives on this machine, and number formats.")
     group.callback()(lambda: None)
     group.command("reduce")(reduce)
+    group.command("precision")(precision)
     app.add_typer(group, name="bench")
 
 
