@@ -29,6 +29,7 @@ from cofire.errors import PrecisionError
 # Elements of the contraction that share a scale, and rows of b that do (technical report, 3.3.2).
 _TILE = 128
 _SMALLEST_EXPONENT = {torch.float8_e4m3fn: -6, torch.float8_e5m2: -14}
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 # Below the exponent of every product of FP8 numbers, E5M2's smallest being 2**-32; where all are zero.
 _LOWEST_EXPONENT = -64.0
 # Products held at a time; a few MiB stay in a core's cache.
@@ -74,7 +75,7 @@ class AccumulatorSpec:
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """The narrowest type in which a group's aligned terms add without rounding."""
+        """The narrowest type that holds the sum of a group's aligned terms."""
         fits = self.kept_bits + 1 + self.group.bit_length() <= 24 and self.accumulator_bits <= 24
         return torch.float32 if fits else torch.float64
 
@@ -282,10 +283,11 @@ def _add_group(acc: Tensor, left: _Operand, right: _Operand, g: int, spec: Accum
     largest = torch.maximum(exponents, _exponent(acc)).clamp_(min=_LOWEST_EXPONENT)
     fraction_bits = spec.kept_bits - 1
     to_integer = _power_of_two(fraction_bits - largest, acc.dtype)
-    terms = left.values[g].T[:, :, None] * right.values[g]
-    # Whole numbers, of so few bits that their sum is exact in every order.
-    total = terms.mul_(to_integer[:, None]).trunc_().sum(dim=1) + (acc * to_integer).trunc_()
-    return _cut(total * _power_of_two(largest - fraction_bits, acc.dtype), spec.accumulator_bits)
+    terms = (left.values[g].T[:, :, None] * right.values[g]).mul_(to_integer[:, None])
+    # A cast to integers cuts towards zero, and at a tenth of the time that trunc() takes.
+    integer = _INTEGERS[acc.dtype]
+    total = terms.to(integer).sum(dim=1, dtype=integer) + (acc * to_integer).to(integer)
+    return _cut(total.to(acc.dtype) * _power_of_two(largest - fraction_bits, acc.dtype), spec.accumulator_bits)
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -303,8 +305,8 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cut(x: Tensor, bits: int) -> Tensor:
     """Return ``x`` with its significand cut to so many bits, towards zero."""
-    width, integer = (24, torch.int32) if x.dtype == torch.float32 else (53, torch.int64)
-    return x if bits >= width else (x.view(integer) & -(1 << (width - bits))).view(x.dtype)
+    width = 24 if x.dtype == torch.float32 else 53
+    return x if bits >= width else (x.view(_INTEGERS[x.dtype]) & -(1 << (width - bits))).view(x.dtype)
 
 
 def _fused_multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
