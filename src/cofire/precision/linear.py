@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cofire.precision.health import Watch
 from cofire.precision.product import grouped_product, grouped_weight_gradient, product, weight_gradient
 from cofire.precision.quantize import (
     BLOCK,
@@ -44,11 +45,20 @@ class FP8Recipe:
         input_scale: Format of the input's scales.
         gradient_scale: Format of the scales of the output's gradient.
         gradient_tile: Of the output's gradient for Dgrad: ``TILE``; ``BLOCK`` is what the report found to diverge.
+        layer: Its name, for the watch.
+        watch: Sees the operands; none: nobody does.
     """
 
     input_scale: ScaleFormat = "fp32"
     gradient_scale: ScaleFormat = "fp32"
     gradient_tile: TileShape = TILE
+    layer: str = ""
+    watch: Watch | None = None
+
+    def see(self, tensor: str, exact: Tensor, rounded: Tensor) -> None:
+        """Show the watch an operand before and after."""
+        if self.watch is not None:
+            self.watch.see(self.layer, tensor, exact, rounded)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: FP8Recipe) -> Tensor:
@@ -103,6 +113,7 @@ class _FP8Linear(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             by_row = _gradient(grad, ctx.recipe.gradient_tile, ctx.recipe)
+            ctx.recipe.see("gradient", grad, by_row)
             grad_x = product(by_row, _operand(weights).t()).to(ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             columns = _columns(_operand(inputs), ctx.recipe)
@@ -125,6 +136,7 @@ class _FP8GroupedLinear(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             by_row = _gradient(grad, ctx.recipe.gradient_tile, ctx.recipe)
+            ctx.recipe.see("gradient", grad, by_row)
             grad_x = grouped_product(by_row, _operand(weights).transpose(1, 2), counts).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             place, size = _expert_places(counts, grad.device)
@@ -139,6 +151,8 @@ def _forward_operands(ctx: Any, x: Tensor, weight: Tensor, recipe: FP8Recipe) ->
     inputs, x_values = quantize_and_round(x, TILE, scale_format=recipe.input_scale)
     weights, weight_values = quantize_and_round(weight, BLOCK)
     ctx.save_for_backward(inputs.data, inputs.scale, weights.data, weights.scale)
+    recipe.see("input", x, x_values)
+    recipe.see("weight", weight, weight_values)
     return x_values.to(_product_dtype(x)), weight_values.to(_product_dtype(weight))
 
 

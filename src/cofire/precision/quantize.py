@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cofire.errors import PrecisionError
 from cofire.precision import cpu_kernels
+from cofire.precision.formats import ue8m0_scale
 
 ScaleFormat = Literal["fp32", "ue8m0"]
 TileShape = tuple[int | None, int | None]
@@ -165,7 +166,7 @@ def _quantize(
 ) -> Quantized:
     """Quantise with PyTorch's operations, on any device."""
     view, original = _in_tiles(x, tile)
-    scale = scale_of(_amax(view, tile), torch.finfo(dtype).max, scale_format, amax_floor)
+    scale = scale_of(_amax(view), torch.finfo(dtype).max, scale_format, amax_floor)
     scaled = view / scale.float()[..., :, None, :, None]
     return Quantized(_from_tiles(scaled, original).to(dtype), scale, tile)
 
@@ -182,14 +183,10 @@ def scale_of(amax: Tensor, largest: float, scale_format: ScaleFormat, amax_floor
     Returns:
         ``float32`` or ``float8_e8m0fnu``; NaN where ``amax`` is not finite.
     """
-    scale = amax.clamp(min=amax_floor) / largest
-    scale = torch.where(amax.isfinite(), scale, torch.nan)
-    if scale_format == "fp32":
-        return scale
-    mantissa, exponent = torch.frexp(scale)
-    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    power = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
-    return torch.where(scale.isfinite(), power, torch.nan).to(torch.float8_e8m0fnu)
+    least = amax.clamp(min=amax_floor)
+    if scale_format == "ue8m0":
+        return ue8m0_scale(least, largest).to(torch.float8_e8m0fnu)
+    return torch.where(amax.isfinite(), least / largest, torch.nan)
 
 
 def requantize(
@@ -265,11 +262,10 @@ def _from_tiles(view: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == size else x[..., : size[0], : size[1]].contiguous()
 
 
-def _amax(view: Tensor, tile: TileShape) -> Tensor:
+def _amax(view: Tensor) -> Tensor:
     """Return the largest magnitude of each tile, [..., row tiles, column tiles]."""
     if not view.numel():
         return view.new_zeros(*view.shape[:-4], view.shape[-4], view.shape[-2])
-    low, high = torch.aminmax(view, dim=-1) if view.shape[-1] > 1 else (view.squeeze(-1), view.squeeze(-1))
-    if tile[0] == 1:
-        return torch.maximum(-low, high).squeeze(-2)
-    return torch.maximum(-low.amin(dim=-2), high.amax(dim=-2))
+    magnitude = view.abs()
+    # One dim after the other: PyTorch's reduction over two that do not lie together is slow.
+    return magnitude.amax(dim=-1).amax(dim=-2)

@@ -50,7 +50,7 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         step = values.get("step")
-        if step is None or event not in ("step", "validation"):
+        if step is None or event not in ("step", "validation", "precision"):
             return
         for key, value in values.items():
             if isinstance(value, int | float) and key not in ("step", "time_s"):

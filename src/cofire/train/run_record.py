@@ -22,7 +22,7 @@ from cofire.spec import RunSpec, load_as
 
 Event = Mapping[str, Any]
 
-_EVENTS = ("start", "step", "validation", "checkpoint", "resume", "end")
+_EVENTS = ("start", "step", "validation", "precision", "checkpoint", "resume", "end")
 _NUMBERS = frozenset(
     [
         "step",

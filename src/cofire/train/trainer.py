@@ -30,6 +30,7 @@ from cofire.model.balance import max_violation, update_biases
 from cofire.model.fp8 import use_fp8
 from cofire.model.memory import keep_freed_memory
 from cofire.plan import Plan, estimate
+from cofire.precision.health import Watch, summary
 from cofire.spec import RunSpec, diff, dump, load_as
 from cofire.spec.units import format_quantity
 from cofire.train import metrics
@@ -147,8 +148,9 @@ class Trainer:
         torch.manual_seed(run.seed)
         random.seed(run.seed)
         self.decoder = build(run.model, device=self.device, seed=run.seed).train()
+        self.watch = Watch()
         if self.recipe == "fp8":
-            use_fp8(self.decoder)
+            use_fp8(self.decoder, watch=self.watch)
         self.decoder.recompute = run.recompute
         self.loss: Callable[[Tensor], Any] = torch.compile(self.decoder.loss) if run.compile else self.decoder.loss
         self.optimizer = AdamW(self.decoder.named_parameters(), run.optimizer, _DTYPES[run.precision.moments])
@@ -277,6 +279,7 @@ class Trainer:
         batch = self.loader.next_batch().to(self.device)
         parts = batch.split(self.run.micro_batch_size)
         outputs = []
+        self.watch.active = (self.step + 1) % self.run.validate_every_steps == 0
         for tokens in parts:
             with self._autocast():
                 output = self.loss(tokens)
@@ -328,6 +331,9 @@ class Trainer:
         if self.step % _LOAD_EVERY == 0 or self.step == 1:
             values["expert_load"] = [[round(share, 6) for share in layer] for layer in shares]
         self.log.write("step", **values)
+        if seen := self.watch.take():
+            self.watch.active = False
+            self.log.write("precision", step=self.step, time_s=self.seconds, **summary(seen))
         rate = metrics.recent_rate(self.run.tokens_per_step, self.recent)
         self.view.show(
             Progress(
