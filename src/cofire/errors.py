@@ -5,6 +5,7 @@
     +-- PlanError        a question the planner cannot answer
     +-- SearchError      an operator search that cannot go on
     +-- CollectiveError  ranks that cannot finish a collective together
+    +-- PrecisionError   numbers that cannot be put into a format
     +-- TrainError       a run that cannot start, resume or go on
     +-- ServeError       a request or a checkpoint that cannot be served
     +-- StorageError     bytes that cannot be stored or read back
