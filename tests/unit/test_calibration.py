@@ -33,6 +33,7 @@ from cofire.plan.machine import (
 )
 from cofire.plan.parameters import count_parameters
 from cofire.plan.step_machine import PASSES, MatrixProduct, MemoryPass, padded_rows, training_operations
+from cofire.precision import product as product_module
 from cofire.spec import ClusterSpec, DeviceSpec, Figure, KernelRate, ModelSpec, RunSpec, load_as
 from cofire.train import calibration
 
@@ -117,7 +118,7 @@ def test_a_figure_holds_the_quartiles_of_its_samples() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 100, 511, 512, 513, 4097])
 def test_windows_have_the_rows_that_the_model_gives_them(rows: int) -> None:
-    assert padded_rows(rows) == linear_module.padded_rows(rows)
+    assert padded_rows(rows) == product_module.padded_rows(rows)
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16"])
@@ -163,7 +164,8 @@ def _bias_numbers(spec: ModelSpec) -> int:
 
 def test_products_are_those_that_pytorch_counts_in_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run("tiny")
-    monkeypatch.setattr(linear_module, "_takes_onednn", lambda *_: False)  # the counter does not know oneDNN's operator
+    for module in (linear_module, product_module):  # the counter does not know oneDNN's operator
+        monkeypatch.setattr(module, "takes_onednn", lambda *_: False)
     decoder = build(run.model, seed=0).train()
     tokens = torch.randint(0, run.model.vocab_size, (2, run.data.sequence_length + 1))
     with FlopCounterMode(display=False) as counter:
