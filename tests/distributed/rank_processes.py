@@ -26,6 +26,11 @@ _RANKS = multiprocessing.get_context("forkserver")
 _RANKS.set_forkserver_preload(["torch", "cofire.collectives.hfreduce"])
 
 
+def whole_numbers(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return -1, 0 and 1, so that a sum of a few ranks is exact in every type."""
+    return torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(count * 64 + rank)).to(dtype)
+
+
 @dataclass(frozen=True)
 class World:
     """Where the ranks run: the host of each rank, and how long they wait for each other."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rank_processes import World, gather, run_ranks, start_ranks
+from rank_processes import World, gather, run_ranks, start_ranks, whole_numbers
 
 from cofire.collectives.elements import Op
 from cofire.collectives.hfreduce import HFReduce
@@ -18,10 +18,6 @@ from cofire.testing.fake_device import FakeDevice
 
 CHUNK = 4096
 Connect = Callable[[str], HFReduce]
-
-
-def data(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(count * 64 + rank)).to(dtype)
 
 
 def fake_of(engine: HFReduce) -> FakeDevice:
@@ -37,18 +33,20 @@ def sums(connect: Connect, rank: int) -> tuple[list[bytes], int]:
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64):
         per_chunk = CHUNK // dtype.itemsize
         for count in (0, 1, per_chunk - 1, per_chunk, per_chunk + 1, 3 * per_chunk, 30_011):
-            expected = sum((data(other, count, dtype).double() for other in range(size)), torch.zeros(count).double())
-            x = fake.put(data(rank, count, dtype))
+            expected = sum(
+                (whole_numbers(other, count, dtype).double() for other in range(size)), torch.zeros(count).double()
+            )
+            x = fake.put(whole_numbers(rank, count, dtype))
             assert engine.reaches(x)
             engine.all_reduce(x)
             assert torch.equal(x.double(), expected), (dtype, count)
-            on_cpu = data(rank, count, dtype)
+            on_cpu = whole_numbers(rank, count, dtype)
             engine.all_reduce(on_cpu)  # takes turns with the other kind in the same memory
             assert torch.equal(on_cpu.double(), expected), (dtype, count)
             root = count % size
-            y = fake.put(data(rank, count, dtype))
+            y = fake.put(whole_numbers(rank, count, dtype))
             engine.reduce(y, root)
-            assert torch.equal(y.double(), expected if rank == root else data(rank, count, dtype).double())
+            assert torch.equal(y.double(), expected if rank == root else whole_numbers(rank, count, dtype).double())
             said.append(x.view(torch.uint8).numpy().tobytes())
     noise = torch.randn(50_021, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
     from_device, from_memory = fake.put(noise), noise.clone()
@@ -124,15 +122,17 @@ def on_cuda(connect: Connect, rank: int) -> None:
     size = engine.world_size
     for dtype in (torch.float32, torch.bfloat16):
         for count in (1, 1 << 18, (1 << 18) + 1, 5_000_011):
-            expected = sum((data(other, count, dtype).double() for other in range(size)), torch.zeros(count).double())
-            x = data(rank, count, dtype).cuda()
+            expected = sum(
+                (whole_numbers(other, count, dtype).double() for other in range(size)), torch.zeros(count).double()
+            )
+            x = whole_numbers(rank, count, dtype).cuda()
             torch.cuda.synchronize()
             engine.all_reduce(x)
             assert torch.equal(x.cpu().double(), expected), (dtype, count)
-            y = data(rank, count, dtype).cuda()
+            y = whole_numbers(rank, count, dtype).cuda()
             torch.cuda.synchronize()
             engine.reduce(y, 1)
-            assert torch.equal(y.cpu().double(), expected if rank == 1 else data(rank, count, dtype).double())
+            assert torch.equal(y.cpu().double(), expected if rank == 1 else whole_numbers(rank, count, dtype).double())
     engine.close()
 
 

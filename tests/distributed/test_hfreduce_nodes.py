@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rank_processes import World, gather, run_ranks, start_ranks, work_until_it_fails
+from rank_processes import World, gather, run_ranks, start_ranks, whole_numbers, work_until_it_fails
 
 from cofire.collectives.elements import Op
 from cofire.collectives.hfreduce import HFReduce
@@ -21,10 +21,6 @@ CHUNK = 4096
 KILLS = int(os.environ.get("COFIRE_KILL_RUNS", "3"))
 
 
-def data(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(count * 64 + rank)).to(dtype)
-
-
 def every_kind(connect: Connect, rank: int) -> list[bytes]:
     engine = connect("all")
     size = engine.world_size
@@ -33,14 +29,16 @@ def every_kind(connect: Connect, rank: int) -> list[bytes]:
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64):
         per_chunk = CHUNK // dtype.itemsize
         for count in (0, 1, per_chunk - 1, per_chunk + 1, 70_001):
-            expected = sum((data(other, count, dtype).double() for other in range(size)), torch.zeros(count).double())
-            x = data(rank, count, dtype)
+            expected = sum(
+                (whole_numbers(other, count, dtype).double() for other in range(size)), torch.zeros(count).double()
+            )
+            x = whole_numbers(rank, count, dtype)
             engine.all_reduce(x)
             assert torch.equal(x.double(), expected), (dtype, count)
             root = count % size
-            x = data(rank, count, dtype)
+            x = whole_numbers(rank, count, dtype)
             engine.reduce(x, root)
-            assert torch.equal(x.double(), expected if rank == root else data(rank, count, dtype).double())
+            assert torch.equal(x.double(), expected if rank == root else whole_numbers(rank, count, dtype).double())
             engine.broadcast(x, root)
             assert torch.equal(x.double(), expected), (dtype, count)
     engine.barrier()

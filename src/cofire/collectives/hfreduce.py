@@ -436,9 +436,13 @@ class HFReduce:
         )
         if output is not None and self.reaches(output):
             call = replace(call, chunk_bytes=0, num_lanes=1)
-            self._reduce_from_device(call, output.view(-1), kind is Kind.ALL_REDUCE or root == self.rank)
+            self._reduce_from_device(call, output.view(-1), self._takes(kind, root))
         else:
             self._segment.run(call, input_tensor, output)
+
+    def _takes(self, kind: Kind, root: int) -> bool:
+        """Return whether this rank gets the result of an all_reduce or reduce."""
+        return kind is Kind.ALL_REDUCE or root == self.rank
 
     def _reduce_from_device(self, call: Collective, flat: torch.Tensor, takes: bool) -> None:
         """Do the part inside the node of a sum of tensors on devices."""
@@ -478,8 +482,7 @@ class HFReduce:
             sends=exchange is not None,
         )
         if self.reaches(flat):
-            takes = kind is Kind.ALL_REDUCE or root == self.rank
-            self._run_beside(exchange, partial(self._reduce_from_device, call, flat, takes))
+            self._run_beside(exchange, partial(self._reduce_from_device, call, flat, self._takes(kind, root)))
         else:
             self._run_beside(exchange, partial(self._segment.run, call, flat, flat))
 
@@ -488,13 +491,13 @@ class HFReduce:
         if self._nodes is None:
             raise AssertionError("a rank without neighbours is a leader")
         chunk_count = self._chunk_count(flat)
-        keeps = kind is Kind.REDUCE and self.rank != root
+        takes = self._takes(kind, root)
         on_device = (
-            DeviceChunks(self._device, flat, chunk_count, not keeps)
+            DeviceChunks(self._device, flat, chunk_count, takes)
             if self._device is not None and self.reaches(flat)
             else None
         )
-        chunks = on_device or TensorChunks(flat.clone() if keeps else flat, chunk_count)
+        chunks = on_device or TensorChunks(flat if takes else flat.clone(), chunk_count)
         try:
             exchange = self._start(kind, chunks, flat, op, root, chunk_count)
             self._nodes.exchange.finish(exchange, time.monotonic() + self.timeout_s)

@@ -36,8 +36,7 @@ def quantize_tiles(
     Returns:
         [..., R, C] and [..., ceil(R / h), ceil(C / w)].
     """
-    codes = torch.empty(x.shape, dtype=dtype)
-    scales = torch.empty(_scale_shape(x, tile), dtype=torch.float8_e8m0fnu if power_of_two else torch.float32)
+    codes, scales = _empty(x, tile, dtype, power_of_two)
     _quantize(x, codes, scales, None, tile, dtype, power_of_two, amax_floor)
     return codes, scales
 
@@ -46,8 +45,7 @@ def quantize_and_round(
     x: Tensor, tile: tuple[int, int], dtype: torch.dtype, power_of_two: bool, amax_floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`quantize_tiles` and :func:`round_to_tiles` return, in one pass."""
-    codes, values = torch.empty(x.shape, dtype=dtype), torch.empty_like(x)
-    scales = torch.empty(_scale_shape(x, tile), dtype=torch.float8_e8m0fnu if power_of_two else torch.float32)
+    (codes, scales), values = _empty(x, tile, dtype, power_of_two), torch.empty_like(x)
     _quantize(x, codes, scales, values, tile, dtype, power_of_two, amax_floor)
     return codes, scales, values
 
@@ -110,6 +108,9 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     return (x.numel() // (rows * columns) if x.numel() else 0), rows, columns
 
 
-def _scale_shape(x: Tensor, tile: tuple[int, int]) -> tuple[int, ...]:
+def _empty(x: Tensor, tile: tuple[int, int], dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Return memory for codes and scales."""
     *batch, rows, columns = x.shape
-    return (*batch, -(-rows // tile[0]), -(-columns // tile[1]))
+    shape = (*batch, -(-rows // tile[0]), -(-columns // tile[1]))
+    scales = torch.empty(shape, dtype=torch.float8_e8m0fnu if power_of_two else torch.float32)
+    return torch.empty(x.shape, dtype=dtype), scales

@@ -107,18 +107,16 @@ def quantize(
     A tile that holds an infinity or a NaN decodes to NaN throughout, so that a broken step is seen.
 
     Args:
-        x: [..., R, C], FP32, BF16 or FP16; with at least one dim, a vector being one row. Sizes need not be multiples
-            of the tile's: the last tiles are smaller.
+        x: [..., R, C], FP32, BF16 or FP16. Sizes need not be multiples of the tile's: the last tiles are smaller.
         tile: Rows and columns that share a scale.
         dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
         scale_format: FP32, or powers of two.
         amax_floor: A tile's largest value counts as at least this.
 
     Raises:
-        PrecisionError: A type is not one of these, or ``x`` is a scalar.
+        PrecisionError: A type is not one of these, or ``x`` is a scalar or a vector.
     """
-    _check(x, dtype, scale_format)
-    x = x.detach().float()
+    x = _checked(x, dtype, scale_format)
     if _has_kernel(x, tile):
         codes, scale = cpu_kernels.quantize_tiles(
             x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
@@ -135,8 +133,7 @@ def round_values(
     amax_floor: float = AMAX_FLOOR,
 ) -> Tensor:
     """Return ``quantize(...).dequantize()``, [..., R, C] FP32, in one pass where there is a kernel for that."""
-    _check(x, dtype, scale_format)
-    x = x.detach().float()
+    x = _checked(x, dtype, scale_format)
     if _has_kernel(x, tile):
         return cpu_kernels.round_to_tiles(x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor)
     return _quantize(x, tile, dtype, scale_format, amax_floor).dequantize()
@@ -150,8 +147,7 @@ def quantize_and_round(
     amax_floor: float = AMAX_FLOOR,
 ) -> tuple[Quantized, Tensor]:
     """Return ``q = quantize(...)`` and ``q.dequantize()``, in one pass where there is a kernel for that."""
-    _check(x, dtype, scale_format)
-    x = x.detach().float()
+    x = _checked(x, dtype, scale_format)
     if _has_kernel(x, tile):
         codes, scale, values = cpu_kernels.quantize_and_round(
             x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
@@ -212,7 +208,8 @@ def scale_shape(shape: torch.Size | tuple[int, ...], tile: TileShape) -> tuple[i
     return (*batch, _count(rows, tile[0]), _count(columns, tile[1]))
 
 
-def _check(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> None:
+def _checked(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> Tensor:
+    """Return FP32 values outside autograd, once it is clear that they can be quantised."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise PrecisionError(f"{x.dtype} is not quantised; give float32, bfloat16 or float16")
     if dtype not in _DATA_TYPES:
@@ -223,6 +220,7 @@ def _check(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> None:
         raise PrecisionError("a scalar has no tiles; give a matrix")
     if x.dim() == 1:
         raise PrecisionError(f"a vector of {x.numel()} has no rows and columns; give x.unsqueeze(0)")
+    return x.detach().float()
 
 
 def _has_kernel(x: Tensor, tile: TileShape) -> bool:
