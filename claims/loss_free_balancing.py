@@ -24,18 +24,13 @@ Left out: the paper's sweeps over update rates and rules (tables 3 and 4).
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from pathlib import Path
+
+import arms
+from arms import ArmRun, spread
 
 ARMS = {
     "loss-free": ("bias_rule=sign", "bias_update_rate=0.001", "expert_loss_weight=0.0"),
@@ -71,11 +66,7 @@ def run_spec(options: argparse.Namespace, arm: str, seed: int):
         f"model={options.model}",
         *(f"model.moe.balance.{item}" for item in balance),
         f"seed={seed}",
-        f"steps={options.steps}",
-        f"schedule.warmup_steps={max(1, options.steps // 10)}",
-        f"validate_every_steps={max(1, options.steps // 10)}",
-        f"checkpoint.every_steps={max(25, options.steps // 4)}",
-        "checkpoint.keep=1",
+        *arms.schedule_overrides(options.steps),
         *options.set,
     ]
     if load_as(RunSpec, "demo", [f"model={options.model}"]).model.moe is None:
@@ -83,71 +74,33 @@ def run_spec(options: argparse.Namespace, arm: str, seed: int):
     return load_as(RunSpec, "demo", overrides)
 
 
-def train_one(run, folder: Path, num_threads: int) -> None:
-    """Train one run in this process, from its last checkpoint if it has one."""
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # before torch is imported
-    import torch
-
-    from cofire.train import fit
-
-    torch.set_num_threads(num_threads)
-    fit(run, folder, resume=folder.exists())
-
-
-def is_finished(folder: Path, run) -> bool:
-    """Whether a folder holds this very run, trained and validated to its last step.
-
-    Raises:
-        CofireError: The folder holds another run.
-    """
-    from cofire.errors import TrainError
-    from cofire.train.run_record import read_run
-
-    if not (folder / "metrics.jsonl").is_file():
-        return False
-    record = read_run(folder)
-    if record.run != run:
-        raise TrainError(f"{folder} holds a run with other settings; name another --out or remove it")
-    return bool(record.end and record.validations and record.validations[-1]["step"] == run.steps)
-
-
-def measure(folder: Path, arm: str, seed: int) -> Measured:
+def measure(run: ArmRun) -> Measured:
     """Read what a finished run ended with."""
     from cofire.train.run_record import number, numbers, read_run
 
-    record = read_run(folder)
+    record = read_run(run.folder)
     layers = record.run.model.num_moe_layers
     last, recent = record.validations[-1], record.steps[-RECENT_STEPS:]
     batch = [value for event in recent for value in numbers(event, "max_violation")[:layers] if value is not None]
     whole = [value for value in numbers(last, "max_violation_global")[:layers] if value is not None]
     speeds = [speed for speed in (number(event, "tokens_per_s") for event in record.steps) if speed]
     return Measured(
-        arm=arm,
-        seed=seed,
-        validation_loss=number(last, "loss") or math.nan,
+        arm=run.arm,
+        seed=run.seed,
+        validation_loss=arms.last_loss(record),
         max_violation_global=statistics.fmean(whole),
         max_violation_batch=statistics.fmean(batch),
         tokens_per_s=statistics.median(speeds),
     )
 
 
-def train_all(options: argparse.Namespace, say: Callable[[str], None]) -> list[tuple[str, int, Path]]:
-    """Train what is not finished yet and return (arm, seed, folder) of every run."""
-    runs = [(arm, seed, options.out / f"{arm}-seed{seed}") for seed in options.seeds for arm in ARMS]
-    specs = {folder: run_spec(options, arm, seed) for arm, seed, folder in runs}
-    waiting = [folder for _, _, folder in runs if not is_finished(folder, specs[folder])]
-    say(f"{len(runs)} runs of {options.steps} steps, {len(runs) - len(waiting)} finished before")
-    if not waiting:
-        return runs
-    # The first run also makes the tokenizer and token files; the others find them.
-    started, num_threads = time.perf_counter(), max(1, (os.cpu_count() or 1) // options.jobs)
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(train_one, specs[folder], folder, num_threads): folder for folder in waiting}
-        for done, job in enumerate(as_completed(jobs), 1):
-            job.result()
-            left = (time.perf_counter() - started) / done * (len(waiting) - done)
-            say(f"[{done}/{len(waiting)}] {jobs[job].name} done, about {left / 60:.0f} min left")
-    return runs
+def all_runs(options: argparse.Namespace) -> list[ArmRun]:
+    """Return every arm with every seed."""
+    return [
+        ArmRun(arm, seed, options.out / f"{arm}-seed{seed}", run_spec(options, arm, seed))
+        for seed in options.seeds
+        for arm in ARMS
+    ]
 
 
 def table(results: list[Measured], floors: tuple[float, float]) -> list[str]:
@@ -160,10 +113,10 @@ def table(results: list[Measured], floors: tuple[float, float]) -> list[str]:
         rows = [result for result in results if result.arm == arm]
         loss = [row.validation_loss for row in rows]
         cells = [
-            _spread(loss, 4),
+            spread(loss, 4),
             f"{math.exp(statistics.fmean(loss)):.2f}",
-            _spread([row.max_violation_global for row in rows], 3),
-            _spread([row.max_violation_batch for row in rows], 3),
+            spread([row.max_violation_global for row in rows], 3),
+            spread([row.max_violation_batch for row in rows], 3),
         ]
         lines.append(f"| {arm} | {' | '.join(cells)} | {PAPER[arm]} |")
     return [*lines, f"| even routing (simulated) | - | - | {floors[0]:.3f} | {floors[1]:.3f} | - |"]
@@ -183,72 +136,49 @@ def verdict(results: list[Measured]) -> str:
             loss = differences(arm, other, "validation_loss")
             sentences.append(
                 f"- {arm} against {other}: lower MaxVio in {sum(d > 0 for d in load)} of {len(load)} seeds (by "
-                f"{_spread(load, 3)}), lower validation loss in {sum(d > 0 for d in loss)} of {len(loss)} "
-                f"(by {_spread(loss, 4)})."
+                f"{spread(load, 3)}), lower validation loss in {sum(d > 0 for d in loss)} of {len(loss)} "
+                f"(by {spread(loss, 4)})."
             )
     return "\n".join(sentences)
 
 
-def _spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def plot(runs: list[tuple[str, int, Path]], floor: float, path: Path) -> None:
+def plot(runs: list[ArmRun], floor: float):
     """Draw MaxVio per step and validation loss over steps, one line per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from cofire.train.atomic import replace_file
     from cofire.train.run_record import numbers, read_run
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     load, loss = figure.subplots(1, 2)
-    window = max(1, min(RECENT_STEPS, read_run(runs[0][2]).last_step // 10))
-    for arm, seed, folder in runs:
-        record = read_run(folder)
+    window = max(1, min(RECENT_STEPS, read_run(runs[0].folder).last_step // 10))
+    for run in runs:
+        record = read_run(run.folder)
         layers = record.run.model.num_moe_layers
         violations = [
             statistics.fmean(v for v in numbers(event, "max_violation")[:layers] if v is not None)
             for event in record.steps
         ]
-        label = arm if seed == runs[0][1] else None
-        smooth = [statistics.fmean(violations[max(0, i + 1 - window) : i + 1]) for i in range(len(violations))]
-        load.plot([event["step"] for event in record.steps], smooth, color=COLOURS[arm], linewidth=1.5, label=label)
+        look = {"color": COLOURS[run.arm], "linewidth": 1.5, "label": run.arm if run.seed == runs[0].seed else None}
+        load.plot([event["step"] for event in record.steps], arms.running_mean(violations, window), **look)
         points = [(event["step"], event["loss"]) for event in record.validations]
-        loss.plot(*zip(*points, strict=True), color=COLOURS[arm], linewidth=1.5, marker="o", markersize=3, label=label)
+        loss.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
     load.axhline(floor, color="#8a3b12", linestyle="--", label="even routing (simulated)")
     load.set(yscale="log", xlabel="step", title=f"MaxVio per step, mean of {window} steps and all layers")
     loss.set(xlabel="step", title="Validation loss, nats per token")
-    for axes in (load, loss):
-        axes.grid(True, color="#e6e6e3")
-        axes.set_axisbelow(True)
-        axes.spines[:].set_visible(False)
-        axes.legend(frameon=False)
-    with replace_file(path) as file:
-        figure.savefig(file, format="png", dpi=144)
+    arms.style(load)
+    arms.style(loss)
+    return figure
 
 
-def machine() -> str:
-    """Return the processor's name, its cores, and the version of torch."""
-    from importlib.metadata import version
-
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, torch {version('torch')}"
-
-
-def write_results(options: argparse.Namespace, runs: list[tuple[str, int, Path]]) -> str:
+def write_results(options: argparse.Namespace, runs: list[ArmRun]) -> str:
     """Write results.json, results.md and results.png, and return the Markdown."""
-    from cofire.train.atomic import replace_file
     from cofire.train.load_floor import sampling_floor
     from cofire.train.run_record import number, read_run
 
-    results = [measure(folder, arm, seed) for arm, seed, folder in runs]
-    record = read_run(runs[0][2])
+    results = [measure(run) for run in runs]
+    record = read_run(runs[0].folder)
     run, moe = record.run, record.run.model.moe
     assert moe is not None, "run_spec refuses a model without experts"
     held_out = number(record.start, "validation_tokens") or math.inf
@@ -270,7 +200,7 @@ def write_results(options: argparse.Namespace, runs: list[tuple[str, int, Path]]
         "The paper's figures (arXiv 2408.15664, table 2) are of a 1B model after 100B tokens. What can be compared is "
         "the order of the arms, not the values.",
         "",
-        f"Command: `{command}`. Machine: {machine()}; {options.jobs} run(s) at a time.",
+        f"Command: `{command}`. Machine: {arms.machine()}; {options.jobs} run(s) at a time.",
         "",
         "![MaxVio per step and validation loss](results.png)",
         "",
@@ -280,37 +210,21 @@ def write_results(options: argparse.Namespace, runs: list[tuple[str, int, Path]]
         "claim": "loss_free_balancing",
         "label": "measured",
         "command": command,
-        "machine": machine(),
+        "machine": arms.machine(),
         "steps": run.steps,
         "tokens_per_step": run.tokens_per_step,
         "floor_validation_set": floors[0],
         "floor_step": floors[1],
         "runs": [asdict(result) for result in results],
     }
-    plot(runs, floors[1], options.out / "results.png")
-    for name, content in (("results.json", json.dumps(value, indent=2) + "\n"), ("results.md", markdown)):
-        with replace_file(options.out / name) as file:
-            file.write(content.encode())
+    arms.write_files(options.out, value, markdown, plot(runs, floors[1]))
     return markdown
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loss_free_balancing", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--model", default="small", help="a preset or a model's file")
-    parser.add_argument("--out", type=Path, default=Path("runs/claims/loss_free_balancing"))
-    # On two cores, two runs with a thread each train 1.26 times the tokens of one run with two threads.
-    jobs = min(4, os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time; the cores are shared between them")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a field of every run"
-    )
-    options = parser.parse_args(words)
-    if options.steps < 1 or options.jobs < 1:
-        parser.error(f"--steps {options.steps} and --jobs {options.jobs} must be at least 1")
-    options.words = words
-    return options
+    arms.add_options(parser, "loss_free_balancing", steps=300)
+    return arms.parse_options(parser, words)
 
 
 def main(words: list[str]) -> int:
@@ -319,7 +233,8 @@ def main(words: list[str]) -> int:
     options = parse(words)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        runs = train_all(options, lambda line: print(line, file=sys.stderr, flush=True))
+        runs = all_runs(options)
+        arms.train_all(runs, options.jobs, lambda line: print(line, file=sys.stderr, flush=True))
         print(write_results(options, runs))
     except CofireError as error:
         print(f"loss_free_balancing: {error}", file=sys.stderr)

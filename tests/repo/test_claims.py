@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,17 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "claims" / "loss_free_balancing.py"
 
 
-def load_program():
-    spec = importlib.util.spec_from_file_location("loss_free_balancing", PROGRAM)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-claim = load_program()
+sys.path.insert(0, str(PROGRAM.parent))
+import arms  # noqa: E402
+import fp8_training  # noqa: E402
+import loss_free_balancing as claim  # noqa: E402
+from arms import ArmRun  # noqa: E402
 
 
 def write_finished(out: Path, options, losses: dict[str, float], violations: dict[str, float]) -> list:
@@ -50,7 +43,7 @@ def write_finished(out: Path, options, losses: dict[str, float], violations: dic
             events.append({"event": "validation", "step": run.steps, **ends})
             events.append({"event": "end", "step": run.steps, "reason": "finished"})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-            runs.append((arm, seed, folder))
+            runs.append(ArmRun(arm, seed, folder, run))
     return runs
 
 
@@ -88,7 +81,7 @@ def test_finished_runs_become_table_plot_and_json(tmp_path):
 def test_verdict_says_where_the_claim_does_not_hold(tmp_path):
     options = claim.parse(["--model", "tiny", "--steps", "5", "--seeds", "0,1", "--out", str(tmp_path)])
     runs = write_finished(tmp_path, options, LOSSES, {**VIOLATIONS, "auxiliary-loss": 0.05})
-    text = claim.verdict([claim.measure(folder, arm, seed) for arm, seed, folder in runs])
+    text = claim.verdict([claim.measure(run) for run in runs])
     first, second = text.splitlines()[:2]
     assert first.startswith("- loss-free against auxiliary-loss: lower MaxVio in 0 of 2 seeds (by -0.050 +- 0.000)")
     assert "lower validation loss in 2 of 2 (by 0.0200 +- 0.0000)" in first
@@ -100,12 +93,13 @@ def test_finished_run_is_skipped_and_an_unfinished_one_is_not(tmp_path):
     options = claim.parse(["--model", "tiny", "--steps", "5", "--seeds", "0", "--out", str(tmp_path)])
     runs = write_finished(tmp_path, options, LOSSES, VIOLATIONS)
     said: list[str] = []
-    assert claim.train_all(options, said.append) == runs
+    assert claim.all_runs(options) == runs
+    arms.train_all(runs, 1, said.append)
     assert said == ["4 runs of 5 steps, 4 finished before"]
-    arm, seed, folder = runs[0]
+    folder = runs[0].folder
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join(lines[:4]))
-    assert not claim.is_finished(folder, claim.run_spec(options, arm, seed))
+    assert not arms.is_finished(folder, runs[0].spec)
 
 
 def test_folder_of_another_run_is_refused(tmp_path):
@@ -113,7 +107,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
     runs = write_finished(tmp_path, options, LOSSES, VIOLATIONS)
     longer = claim.parse(["--model", "tiny", "--steps", "6", "--seeds", "0", "--out", str(tmp_path)])
     with pytest.raises(TrainError, match="holds a run with other settings"):
-        claim.is_finished(runs[0][2], claim.run_spec(longer, *runs[0][:2]))
+        arms.is_finished(runs[0].folder, claim.all_runs(longer)[0].spec)
 
 
 def test_dense_model_is_one_line(tmp_path):
@@ -122,6 +116,43 @@ def test_dense_model_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "has no experts to balance" in done.stderr
+
+
+def write_fp8_runs(options, losses: dict[str, float]) -> list[ArmRun]:
+    """Write the files of a finished run for every arm and seed; a step's loss falls to its arm's."""
+    runs = fp8_training.all_runs(options)
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "run.toml").write_text(dump(run.spec), "utf-8")
+        end, last = losses[run.arm] + 0.1 * run.seed, run.spec.steps
+        events = [{"event": "start", "step": 0}]
+        events += [{"event": "step", "step": i, "main_loss": end, "tokens_per_s": 10.0} for i in range(1, last + 1)]
+        events.append({"event": "validation", "step": last, "loss": end + 0.5})
+        events.append({"event": "end", "step": last, "reason": "finished"})
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return runs
+
+
+def test_fp8_is_compared_with_its_baseline_seed_by_seed(tmp_path):
+    words = ["--model", "tiny", "--steps", "5", "--seeds", "0,1", "--out", str(tmp_path)]
+    options = fp8_training.parse([*words, "--arms", "fp32,fp8,fp8-blocks"])
+    runs = write_fp8_runs(options, {"fp32": 4.0, "fp8": 4.004, "fp8-blocks": 4.1})
+    markdown = fp8_training.write_results(options, runs)
+    assert "- fp8 against fp32: training loss +0.10 % (seeds +0.10, +0.10); the goal of 0.25 % is met." in markdown
+    assert "- fp8-blocks against fp32: training loss +2.47 %" in markdown
+    assert "- fp8-blocks against fp8: 2.37 +- 0.04 %, worse in 2 of 2 seeds." in markdown
+    assert "| fp32 | 4.0500 +- 0.0707 | 4.5500 +- 0.0707 | - | - | 10 |" in markdown
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_of_fp8_differ_in_precision_only():
+    runs = fp8_training.all_runs(fp8_training.parse(["--model", "tiny", "--arms", ",".join(fp8_training.ARMS)]))
+    first = runs[0].spec
+    assert {run.spec.precision.moment_format for run in runs} == {"bf16"}
+    assert len({(run.spec.precision.recipe, run.spec.precision.gradient_tile) for run in runs}) == 4
+    for run in runs:
+        same = {"precision": first.precision, "name": first.name, "seed": first.seed}
+        assert run.spec.model_copy(update=same) == first
 
 
 @pytest.mark.slow

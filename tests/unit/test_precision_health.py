@@ -70,7 +70,6 @@ def test_a_run_in_fp8_logs_the_health_of_every_quantised_tensor(tmp_path):
         "validate_every_steps": "2",
         "validation_sequences": "2",
         "precision.recipe": "fp8",
-        "precision.moments": "bf16",
     }
     run = load_as(RunSpec, "tiny", [f"{path}={value}" for path, value in overrides.items()])
     fit(run, tmp_path / "run")

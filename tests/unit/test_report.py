@@ -100,6 +100,15 @@ def validation_event(run: RunSpec, step: int) -> dict:
     return event | {"ema_loss": loss + 0.01}
 
 
+def precision_event(step: int) -> dict:
+    tensors = [
+        {"layer": layer, "tensor": tensor, "underflow": 0.001 * k, "broken": 0.0, "snr_db": 30.0 + k, "amax": amax}
+        for tensor in ("input", "weight", "gradient")
+        for k, (layer, amax) in enumerate([("a", {-3: 98, 2: 2}), ("b", {-4: 60, -3: 40}), ("c", {-3: 100})])
+    ]
+    return {"event": "precision", "step": step, "time_s": 1.0 * step, "tensors": tensors}
+
+
 def write_events(folder: Path, events: list[dict], tail: str = "") -> None:
     text = "".join(json.dumps(event) + "\n" for event in events)
     (folder / "metrics.jsonl").write_text(text + tail, "utf-8")
@@ -447,6 +456,34 @@ def test_expert_load_is_relative_to_an_even_share(tmp_path):
     assert heat.steps == tuple(range(10, 121, 10))
     for column in (column for layer in heat.loads for column in layer):
         assert sum(column) == pytest.approx(32, rel=0.01)
+
+
+def test_run_in_fp8_shows_noise_underflow_and_tiles_of_its_operands(tmp_path):
+    run = run_spec("precision.recipe=fp8")
+    events = run_events(run, ended=False) + [precision_event(step) for step in (50, 100)]
+    folder = write_run(tmp_path / "run", run, events)
+    by_label = {curve.label: curve.values for curve in chart_of(folder, "precision_snr").curves}
+    assert by_label["input, lowest"] == (30.0, 30.0)
+    assert by_label["gradient, median"] == (31.0, 31.0)
+    by_label = {curve.label: curve.values for curve in chart_of(folder, "precision_underflow").curves}
+    assert by_label["weight, highest"] == pytest.approx((0.2, 0.2))
+    # Of 300 tiles 60 are in 2 ** -4, 238 in 2 ** -3 and 2 in 2 ** 2.
+    by_label = {curve.label: curve.values for curve in chart_of(folder, "precision_amax").curves}
+    assert [by_label[f"input, {word}"][0] for word in ("1 %", "median", "99 %")] == [-4.0, -3.0, -3.0]
+    assert "Signal over noise in FP8" in page_of(folder).text
+    write_report(folder)
+    assert (folder / "plots" / "precision_amax.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "tensors", [None, 3, [{"layer": "a"}], [precision_event(1)["tensors"][0] | {"amax": {"x": 1}}]]
+)
+def test_health_of_another_shape_names_its_line(tmp_path, tensors):
+    folder = write_run(
+        tmp_path / "run", run_spec(), [start_event(run_spec()), precision_event(1) | {"tensors": tensors}]
+    )
+    with pytest.raises(TrainError, match="line 2: tensors is not a list of objects with layer, tensor, underflow"):
+        read_run(folder)
 
 
 def test_sampling_floor_is_the_known_one():

@@ -135,7 +135,7 @@ def _optimizer(run: RunSpec, repeats: int) -> Iterator[MemoryPass]:
     yield MemoryPass("optimizer", "fill", parameters)
     yield MemoryPass("optimizer", "copy", parameters)
     yield MemoryPass("optimizer", "adamw", parameters)
-    if run.precision.moments == "bf16":
+    if run.precision.moment_format == "bf16":
         yield MemoryPass("optimizer", "copy", parameters, 4)
     if repeats > 1:
         yield MemoryPass("optimizer", "add", parameters, repeats - 1)

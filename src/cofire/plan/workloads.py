@@ -23,7 +23,7 @@ def run_workload(run: RunSpec) -> WorkloadSpec:
         sequence_length=run.data.sequence_length,
         micro_batch_size=run.micro_batch_size,
         recipe="bf16" if run.precision.recipe == "bf16" else "fp32",
-        moments=run.precision.moments,
+        moments=run.precision.moment_format,
         recompute=run.recompute,
         ema=run.ema_decay is not None,
         context_length=min(1024, run.model.max_sequence_length),

@@ -10,7 +10,7 @@ neighbours; the run's ``metrics.jsonl`` keeps every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,7 @@ _LAYER_CURVES_MAX = 8
 _HEAT_COLUMNS_MAX = 100
 _HEAT_CELLS_MAX = 300_000
 _LOG_SPAN = 20.0
+_TENSORS = {"input": "blue", "weight": "green", "gradient": "orange"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def figures(record: RunRecord) -> list[Figure]:
         _mfu(record),
         _learning_rate(record),
         _grad_norm(record),
+        _signal_to_noise(record),
+        _underflow(record),
+        _tile_sizes(record),
     ]
     return [figure for figure in made if figure is not None]
 
@@ -256,6 +260,70 @@ def _grad_norm(record: RunRecord) -> Chart | None:
     levels = (Level("clipped at", clip),) if known and max(known) >= clip / 2 else ()
     text = "Global norm of the gradient before clipping."
     return _chart("grad_norm", "Optimiser", "Gradient norm", "", text, curves, levels, log=log)
+
+
+# -- precision ---------------------------------------------------------------------------------------
+
+
+def _signal_to_noise(record: RunRecord) -> Chart | None:
+    text = (
+        "What FP8 leaves of the operands of linear layers and experts: the layer with the most noise, and the median "
+        "layer. Values spread evenly over their tiles have about 32 dB."
+    )
+    return _health_chart(record, "precision_snr", "Signal over noise in FP8", "dB", text, "snr_db", min, "lowest")
+
+
+def _underflow(record: RunRecord) -> Chart | None:
+    text = "Values that are not zero and became zero: the layer with the most, and the median layer."
+    return _health_chart(record, "precision_underflow", "Underflow in FP8", "%", text, "underflow", max, "highest")
+
+
+def _health_chart(
+    record: RunRecord, key: str, title: str, unit: str, text: str, field: str, worst: Callable[..., float], word: str
+) -> Chart | None:
+    """Draw a figure of the quantised tensors by kind: the worst layer's and the median."""
+    steps, curves = [event["step"] for event in record.precisions], []
+    factor = 100.0 if unit == "%" else 1.0
+    for kind, colour in _TENSORS.items():
+        rows = [
+            sorted(factor * row[field] for row in event["tensors"] if row["tensor"] == kind and row[field] is not None)
+            for event in record.precisions
+        ]
+        extremes = [worst(values) if values else None for values in rows]
+        medians = [values[len(values) // 2] if values else None for values in rows]
+        curves.append(_curve(f"{kind}, {word}", steps, extremes, colour, "points"))
+        curves.append(_curve(f"{kind}, median", steps, medians, colour, "faint"))
+    return _chart(key, "Precision", title, unit, text, curves)
+
+
+def _tile_sizes(record: RunRecord) -> Chart | None:
+    steps, curves = [event["step"] for event in record.precisions], []
+    for kind, colour in _TENSORS.items():
+        counts = [_tile_exponents(event, kind) for event in record.precisions]
+        for share, word in ((0.01, "1 %"), (0.5, "median"), (0.99, "99 %")):
+            values = [_quantile(count, share) for count in counts]
+            curves.append(_curve(f"{kind}, {word}", steps, values, colour, "points" if share == 0.5 else "faint"))
+    text = "Largest magnitudes of tiles of 1 x 128 over all layers, as powers of two: 1 %, half and 99 % are below."
+    return _chart("precision_amax", "Precision", "Largest magnitudes of tiles", "log2", text, curves)
+
+
+def _tile_exponents(event: Event, kind: str) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for row in event["tensors"]:
+        if row["tensor"] == kind:
+            for exponent, count in row["amax"].items():
+                counts[int(exponent)] = counts.get(int(exponent), 0) + count
+    return counts
+
+
+def _quantile(counts: dict[int, int], share: float) -> Value:
+    """Return the lowest exponent that this share of the tiles does not exceed."""
+    seen, total = 0, sum(counts.values())
+    for exponent in sorted(counts):
+        seen += counts[exponent]
+        if seen >= share * total:
+            return float(exponent)
+    return None
 
 
 # -- building ----------------------------------------------------------------------------------------

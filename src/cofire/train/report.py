@@ -29,7 +29,7 @@ from cofire.train.plots import write_plots
 from cofire.train.run_record import Event, RunRecord, number, read_run
 from cofire.train.summary import Summary, headline, plan_rows, summarise
 
-_SECTIONS = ("Loss", "Experts", "Multi-token prediction", "Speed", "Optimiser")
+_SECTIONS = ("Loss", "Experts", "Multi-token prediction", "Speed", "Optimiser", "Precision")
 _SAMPLES_MAX = 6
 _SAMPLE_CHARACTERS_MAX = 4000
 

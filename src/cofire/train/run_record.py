@@ -50,14 +50,15 @@ _NUMBERS = frozenset(
 )
 _LISTS = frozenset({"mtp_losses", "max_violation", "max_violation_global"})
 _TABLES = frozenset({"expert_load"})
+_HEALTH_KEYS = ("layer", "tensor", "underflow", "snr_db", "amax")
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """The files of one run folder, parsed.
 
-    ``steps`` and ``validations`` have each step once, in order; what a resumed run did again counts once.
-    ``notes`` are sentences about what was missing or tolerated.
+    ``steps``, ``validations`` and ``precisions`` have each step once, in order; what a resumed run did again counts
+    once. ``notes`` are sentences about what was missing or tolerated.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class RunRecord:
     start: Event
     steps: tuple[Event, ...]
     validations: tuple[Event, ...]
+    precisions: tuple[Event, ...]
     resumed_steps: tuple[int, ...]
     end: Event | None
     plan: Event | None
@@ -107,6 +109,7 @@ def read_run(folder: Path | str) -> RunRecord:
         start=_last(events, "start"),
         steps=_by_step(events, "step"),
         validations=_by_step(events, "validation"),
+        precisions=_by_step(events, "precision"),
         resumed_steps=tuple(int(event.get("step", 0)) for event in events if event["event"] == "resume"),
         end=ends[-1] if finished else None,
         plan=_read_plan(folder / "plan.json", notes),
@@ -132,11 +135,13 @@ def _read_events(path: Path, notes: list[str]) -> list[Event]:
         name = event.get("event")
         if name not in _EVENTS:
             raise TrainError(f"{path}, line {place}: event = {name!r} is not one of {', '.join(_EVENTS)}")
-        if name in ("step", "validation") and not isinstance(event.get("step"), int):
+        if name in ("step", "validation", "precision") and not isinstance(event.get("step"), int):
             raise TrainError(f"{path}, line {place}: step = {event.get('step')!r} is not a whole number")
         for key, value in event.items():
             if not _has_right_type(key, value):
                 raise TrainError(f"{path}, line {place}: {key} = {str(value)[:40]!r} is not {_right_type(key)}")
+        if name == "precision" and not _is_health(event.get("tensors")):
+            raise TrainError(f"{path}, line {place}: tensors is not a list of objects with {', '.join(_HEALTH_KEYS)}")
     return events
 
 
@@ -216,6 +221,19 @@ def _has_right_type(key: str, value: Any) -> bool:
     if key in _TABLES:
         return value is None or (isinstance(value, list) and all(_is_list(row) for row in value))
     return True
+
+
+def _is_health(tensors: Any) -> bool:
+    """Return whether these are the rows that ``precision.health.summary`` makes."""
+    return isinstance(tensors, list) and all(
+        isinstance(row, dict)
+        and all(key in row for key in _HEALTH_KEYS)
+        and _is_number(row["underflow"])
+        and (row["snr_db"] is None or _is_number(row["snr_db"]))
+        and isinstance(row["amax"], dict)
+        and all(key.lstrip("-").isdigit() and isinstance(count, int) for key, count in row["amax"].items())
+        for row in tensors
+    )
 
 
 def _right_type(key: str) -> str:

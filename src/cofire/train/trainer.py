@@ -31,6 +31,8 @@ from cofire.model.fp8 import use_fp8
 from cofire.model.memory import keep_freed_memory
 from cofire.plan import Plan, estimate
 from cofire.precision.health import Watch, summary
+from cofire.precision.linear import FP8Recipe
+from cofire.precision.quantize import BLOCK, TILE
 from cofire.spec import RunSpec, diff, dump, load_as
 from cofire.spec.units import format_quantity
 from cofire.train import metrics
@@ -150,10 +152,11 @@ class Trainer:
         self.decoder = build(run.model, device=self.device, seed=run.seed).train()
         self.watch = Watch()
         if self.recipe == "fp8":
-            use_fp8(self.decoder, watch=self.watch)
+            gradient_tile = BLOCK if run.precision.gradient_tile == "block" else TILE
+            use_fp8(self.decoder, FP8Recipe(gradient_tile=gradient_tile), self.watch)
         self.decoder.recompute = run.recompute
         self.loss: Callable[[Tensor], Any] = torch.compile(self.decoder.loss) if run.compile else self.decoder.loss
-        self.optimizer = AdamW(self.decoder.named_parameters(), run.optimizer, _DTYPES[run.precision.moments])
+        self.optimizer = AdamW(self.decoder.named_parameters(), run.optimizer, _DTYPES[run.precision.moment_format])
         self.ema = {} if run.ema_decay is None else _copy_weights(self.decoder)
         self.loader = Loader(self.data.train, run.data.sequence_length, run.batch_size, run.seed)
         self.validation = validation_batches(
