@@ -21,8 +21,15 @@ from torch.autograd.function import once_differentiable
 from cofire.model.balance import balance_loss, count_experts
 from cofire.model.linear import Linear, grouped_linear, linear
 from cofire.model.router import Router, Routing
-from cofire.precision.linear import FP8Recipe, fp8_grouped_linear
-from cofire.precision.quantize import TILE, Quantized, quantize
+from cofire.precision.codec import EXACT, ExpertCodecs, transfer
+from cofire.precision.linear import (
+    FP8Recipe,
+    fp8_grouped_linear,
+    fp8_grouped_swiglu_linear,
+    fp8_swiglu_linear,
+    swiglu,
+    swiglu_gradient,
+)
 from cofire.spec import MoESpec
 
 # Up to this many (token, expert) pairs, gathering the experts' weights beats sorting the tokens.
@@ -34,53 +41,42 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.keeps_fp8 = False
         self.gate_up = Linear(hidden_size, 2 * width)
         self.down = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
-        return self.down(silu_product(self.gate_up(x), self.keeps_fp8))
+        gate_up = self.gate_up(x)
+        if self.down.fp8 is not None:
+            return fp8_swiglu_linear(gate_up, self.down.weight, self.down.fp8)
+        return self.down(silu_product(gate_up))
 
 
 class _SiluProduct(torch.autograd.Function):
-    """``silu(gate) * up`` that keeps only its input for the backward pass, as it is or in FP8."""
+    """``silu(gate) * up`` that keeps only its input for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, keeps_fp8: bool) -> Tensor:
-        ctx.dtype = gate_up.dtype
-        if keeps_fp8:
-            kept = quantize(gate_up)
-            ctx.save_for_backward(kept.data, kept.scale)
-        else:
-            ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return swiglu(gate_up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors
-        gate_up = saved[0] if len(saved) == 1 else Quantized(saved[0], saved[1], TILE).dequantize(ctx.dtype)
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return out, None
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gate_up,) = ctx.saved_tensors
+        return swiglu_gradient(gate_up, grads[0])
 
 
-def silu_product(gate_up: Tensor, keeps_fp8: bool = False) -> Tensor:
+def silu_product(gate_up: Tensor) -> Tensor:
     """Return ``silu(gate) * up`` for ``gate_up`` = [gate; up] along the last dim, [..., 2F] -> [..., F].
 
     Args:
         gate_up: [..., 2F].
-        keeps_fp8: Keep it in FP8 for the backward pass (DeepSeek-V3 technical report, 3.3.3).
     """
     if not (torch.is_grad_enabled() and gate_up.requires_grad) or torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
-    y = _SiluProduct.apply(gate_up, keeps_fp8)
+    y = _SiluProduct.apply(gate_up)
     assert isinstance(y, Tensor)
     return y
 
@@ -123,10 +119,16 @@ class _Gather(torch.autograd.Function):
 
 
 class LocalDispatcher:
-    """All experts on this device: dispatch is a sort by expert, combine its inverse."""
+    """All experts on this device: dispatch is a sort by expert, combine its inverse.
 
-    def __init__(self, num_experts: int) -> None:
+    With codecs, rows and their gradients are what would arrive if experts were elsewhere, each (token, expert) pair
+    sent for itself: activations on the way to experts, outputs and the gradients of inputs on the way back, and the
+    outputs' gradients, gates included, on the way to experts once more.
+    """
+
+    def __init__(self, num_experts: int, codecs: ExpertCodecs = EXACT) -> None:
         self.num_experts = num_experts
+        self.codecs = codecs
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """See :class:`TokenDispatcher`."""
@@ -134,13 +136,17 @@ class LocalDispatcher:
         order = flat.argsort(stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
-        rows = _Gather.apply(x, order, inverse, routing.expert_index.shape[1])
+        # All of a token's pairs arrive alike, so that one encoding serves them; their gradients differ.
+        sent = transfer(x, self.codecs.dispatch, None)
+        rows = _Gather.apply(sent, order, inverse, routing.expert_index.shape[1])
         assert isinstance(rows, Tensor)
+        rows = transfer(rows, None, self.codecs.combine)
         return Dispatched(rows, count_experts(flat, self.num_experts), (order, inverse))
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """See :class:`TokenDispatcher`."""
         order, inverse = dispatched.state
+        rows = transfer(rows, self.codecs.combine, self.codecs.gradient)
         pairs = _Gather.apply(rows, inverse, order, 1)
         assert isinstance(pairs, Tensor)
         tokens, k = routing.expert_index.shape
@@ -195,13 +201,14 @@ class MoELayer(nn.Module):
         if self.fp8 is None:
             return grouped_linear(silu_product(grouped_linear(rows, self.gate_up, counts)), self.down, counts)
         up, down = self.fp8
-        hidden = silu_product(fp8_grouped_linear(rows, self.gate_up, counts, up), keeps_fp8=True)
-        return fp8_grouped_linear(hidden, self.down, counts, down)
+        gate_up = fp8_grouped_linear(rows, self.gate_up, counts, up)
+        return fp8_grouped_swiglu_linear(gate_up, self.down, counts, down)
 
     def _is_handful(self, routing: Routing) -> bool:
         """Whether to skip the sort: few pairs, no gradients, all experts here, and in the weights' own format."""
-        few = routing.expert_index.numel() <= _GATHER_PAIRS_MAX
-        return few and self.fp8 is None and type(self.dispatcher) is LocalDispatcher and not torch.is_grad_enabled()
+        if routing.expert_index.numel() > _GATHER_PAIRS_MAX or self.fp8 is not None or torch.is_grad_enabled():
+            return False
+        return type(self.dispatcher) is LocalDispatcher and self.dispatcher.codecs == EXACT
 
     def _run_gathered(self, x: Tensor, routing: Routing) -> Tensor:
         """A handful of tokens: multiply by the chosen experts' own matrices, one after the other."""

@@ -1,40 +1,55 @@
-"""Linear layers whose three products take FP8 operands.
+"""Linear layers whose three products take FP8 operands, alone and behind SwiGLU.
 
 Fprop ``y = x w'``, Dgrad ``dx = dy w`` and Wgrad ``dw = dy' x`` (DeepSeek-V3 technical report, 3.3.1 and 3.3.2):
 ``x`` and ``dy`` in tiles of 1 x 128 along what is contracted, so 128 x 1 for Wgrad; ``w`` in blocks of 128 x 128, which
-serve both directions. The input is kept for the backward pass in FP8, and taken into tiles of 128 x 1 from there.
-Weights and their gradients are FP32.
+serve both directions. Weights and their gradients are FP32.
+
+What is kept for the backward pass (3.3.3) beside the FP8 weight is the input in FP8, whose values are rounded once more
+into tiles of 128 x 1, with two exceptions:
+
+- The input of the layer after attention is kept in E5M6 with scales that are powers of two. Fprop takes it in E4M3 all
+  the same; Wgrad takes the copy's values in E4M3 and tiles of 128 x 1. In the report the backward pass of attention
+  reads this copy as well, which is why it has six bits after the point; ours does not.
+- Behind SwiGLU only SwiGLU's own input is kept, in FP8 and tiles of 1 x 128; its output is computed again. The report
+  does not say through which tiles that output reaches Wgrad. Here it is rounded to 128 x 1 at once: going through
+  1 x 128, as Fprop's operand did, would round a second time.
 
 Products here run on dequantised operands, in FP32 on a CPU and in BF16 elsewhere: they have FP8's rounding of operands,
-not the narrow accumulators of a tensor core (``accumulate.py`` has those). Left out: scaled products of a GPU, and E5M6
-for the input of the layer after attention.
+not the narrow accumulators of a tensor core (``accumulate.py`` has those). Left out: scaled products of a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cofire.errors import PrecisionError
+from cofire.precision.codec import GRADIENT_FLOOR, E5M6Codec
 from cofire.precision.health import Watch
 from cofire.precision.product import grouped_product, grouped_weight_gradient, product, weight_gradient
 from cofire.precision.quantize import (
+    AMAX_FLOOR,
     BLOCK,
     COLUMN_TILE,
     TILE,
     Quantized,
     ScaleFormat,
     TileShape,
+    quantize,
     quantize_and_round,
     round_values,
 )
 
-# Gradients of a mean over tokens are small: DeepSeek's floor for activations would take them below FP8's range.
-GRADIENT_FLOOR = 1e-30
+Kept = Literal["fp8", "e5m6"]
+
 _ROWS = 128
+_E5M6 = E5M6Codec()
+_INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,8 @@ class FP8Recipe:
         input_scale: Format of the input's scales.
         gradient_scale: Format of the scales of the output's gradient.
         gradient_tile: Of the output's gradient for Dgrad: ``TILE``; ``BLOCK`` is what the report found to diverge.
+        kept: Format in which the input waits for Wgrad; ``e5m6`` has scales that are powers of two, whatever
+            ``input_scale`` says. Layers behind SwiGLU keep another tensor, always in FP8.
         layer: Its name, for the watch.
         watch: Sees the operands; none: nobody does.
     """
@@ -52,8 +69,21 @@ class FP8Recipe:
     input_scale: ScaleFormat = "fp32"
     gradient_scale: ScaleFormat = "fp32"
     gradient_tile: TileShape = TILE
+    kept: Kept = "fp8"
     layer: str = ""
     watch: Watch | None = None
+
+    def __post_init__(self) -> None:
+        """Check the formats.
+
+        Raises:
+            PrecisionError: There is no such format.
+        """
+        for name, value in (("input_scale", self.input_scale), ("gradient_scale", self.gradient_scale)):
+            if value not in get_args(ScaleFormat):
+                raise PrecisionError(f"{name} {value!r} is neither 'fp32' nor 'ue8m0'")
+        if self.kept not in get_args(Kept):
+            raise PrecisionError(f"kept {self.kept!r} is neither 'fp8' nor 'e5m6'")
 
     def see(self, tensor: str, exact: Tensor, rounded: Tensor) -> None:
         """Show the watch an operand before and after."""
@@ -64,15 +94,27 @@ class FP8Recipe:
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: FP8Recipe) -> Tensor:
     """Return ``x @ weight.T + bias`` with FP8 operands, forward and backward.
 
+    An infinity or a NaN makes its tile NaN, and with it the sums that the tile takes part in.
+
     Args:
         x: [..., I], FP32, BF16 or FP16.
         weight: [O, I].
         bias: [O] or none; added in the type of ``x``.
         recipe: How.
+
+    Returns:
+        [..., O] of the type of ``x``.
+
+    Raises:
+        PrecisionError: Shapes, types or devices do not fit.
     """
+    _check(x, weight, None, x.shape[-1:])
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise PrecisionError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; give [O] for [O, I]")
     with torch.autocast(x.device.type, enabled=False):
-        y = _FP8Linear.apply(x, weight, recipe)
+        y = _FP8Linear.apply(x.reshape(-1, x.shape[-1]), weight, None, recipe, torch.is_grad_enabled())
     assert isinstance(y, Tensor)
+    y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -88,96 +130,199 @@ def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, recipe: FP8Rec
         recipe: How.
 
     Returns:
-        [M, O].
+        [M, O] of the type of ``x``.
+
+    Raises:
+        PrecisionError: Shapes, types, devices or counts do not fit.
     """
+    rows = _check(x, weight, counts, x.shape[-1:])
     with torch.autocast(x.device.type, enabled=False):
-        y = _FP8GroupedLinear.apply(x, weight, counts.tolist(), recipe)
+        y = _FP8Linear.apply(x, weight, rows, recipe, torch.is_grad_enabled())
     assert isinstance(y, Tensor)
     return y
 
 
+def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
+    """Return ``swiglu(gate_up) @ weight.T`` with FP8 operands, keeping only ``gate_up`` in FP8 (report, 3.3.3).
+
+    The output comes from ``gate_up`` as it is; gradients see its FP8 values. Its two halves have tiles of their own.
+
+    Args:
+        gate_up: [..., 2 F], gate and up side by side, FP32, BF16 or FP16.
+        weight: [O, F].
+        recipe: Of the product.
+
+    Returns:
+        [..., O] of the type of ``gate_up``.
+
+    Raises:
+        PrecisionError: Shapes, types or devices do not fit.
+    """
+    _check(gate_up, weight, None, _half(gate_up))
+    with torch.autocast(gate_up.device.type, enabled=False):
+        rows = gate_up.reshape(-1, gate_up.shape[-1])
+        y = _FP8SwiGLULinear.apply(rows, weight, None, recipe, torch.is_grad_enabled())
+    assert isinstance(y, Tensor)
+    return y.view(*gate_up.shape[:-1], weight.shape[0])
+
+
+def fp8_grouped_swiglu_linear(gate_up: Tensor, weight: Tensor, counts: Tensor, recipe: FP8Recipe) -> Tensor:
+    """Do what :func:`fp8_swiglu_linear` does for the rows of each expert and its matrix.
+
+    Args:
+        gate_up: [M, 2 F], rows sorted by expert.
+        weight: [E, O, F].
+        counts: [E] int64, rows of each expert; they sum to M.
+        recipe: Of the product.
+
+    Returns:
+        [M, O] of the type of ``gate_up``.
+
+    Raises:
+        PrecisionError: Shapes, types, devices or counts do not fit.
+    """
+    rows = _check(gate_up, weight, counts, _half(gate_up))
+    with torch.autocast(gate_up.device.type, enabled=False):
+        y = _FP8SwiGLULinear.apply(gate_up, weight, rows, recipe, torch.is_grad_enabled())
+    assert isinstance(y, Tensor)
+    return y
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` (arXiv 2002.05202) outside autograd, [..., 2 F] -> [..., F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient [..., 2 F] of :func:`swiglu`'s input for that of its output, [..., F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = torch.empty_like(gate_up)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return out
+
+
+# An operand in FP8 and its values: what multiplies takes what suits it.
+_Rounded = tuple[Quantized, Tensor]
+
+
 class _FP8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inputs, weights = _forward_operands(ctx, rows, weight, recipe)
-        ctx.recipe, ctx.shape, ctx.dtype = recipe, x.shape, x.dtype
-        y = product(inputs, weights)
-        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    """Rows [M, I] by [O, I], or by [E, O, I] where ``counts`` says how many rows each expert has."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, weights = _saved(ctx)
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            by_row = _gradient(grad, ctx.recipe.gradient_tile, ctx.recipe)
-            ctx.recipe.see("gradient", grad, by_row)
-            grad_x = product(by_row, _operand(weights).t()).to(ctx.dtype).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            columns = _columns(_operand(inputs), ctx.recipe)
-            grad_weight = weight_gradient(_gradient(grad, COLUMN_TILE, ctx.recipe), columns).float()
-        return grad_x, grad_weight, None
-
-
-class _FP8GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], recipe: FP8Recipe) -> Tensor:
-        inputs, weights = _forward_operands(ctx, x, weight, recipe)
-        ctx.recipe, ctx.counts, ctx.dtype = recipe, counts, x.dtype
-        return grouped_product(inputs, weights, counts).to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, counts: list[int] | None, recipe: FP8Recipe, keeps: bool
+    ) -> Tensor:
+        inputs = quantize_and_round(x, TILE, scale_format=recipe.input_scale)
+        recipe.see("input", x, inputs[1])
+        kept = ()
+        if keeps:
+            kept = (_E5M6.encode(x),) if recipe.kept == "e5m6" else (inputs[0].data, inputs[0].scale)
+        weights = _keep(ctx, weight, kept, recipe)
+        ctx.counts, ctx.dtype, ctx.shape = counts, x.dtype, x.shape
+        return _fprop(inputs, weights, counts).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, weights = _saved(ctx)
-        grad, counts = grads[0].contiguous(), ctx.counts
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, scale, *kept = ctx.saved_tensors
+        recipe: FP8Recipe = ctx.recipe
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            by_row = _gradient(grad, ctx.recipe.gradient_tile, ctx.recipe)
-            ctx.recipe.see("gradient", grad, by_row)
-            grad_x = grouped_product(by_row, _operand(weights).transpose(1, 2), counts).to(ctx.dtype)
+            grad_x = _input_gradient(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            place, size = _expert_places(counts, grad.device)
-            columns = _columns(_spread(_operand(inputs), place, size), ctx.recipe).index_select(0, place)
-            by_column = _gradient(_spread(grad, place, size), COLUMN_TILE, ctx.recipe).index_select(0, place)
-            grad_weight = grouped_weight_gradient(by_column, columns, counts).float()
-        return grad_x, grad_weight, None, None
+            in_e5m6 = recipe.kept == "e5m6"
+            inputs = _E5M6.decode(kept[0], ctx.shape[1]) if in_e5m6 else Quantized(kept[0], kept[1], TILE).dequantize()
+            scale_format = "ue8m0" if in_e5m6 else recipe.input_scale
+            grad_weight = _weight_gradient(grads[0], inputs, scale_format, ctx.counts, recipe)
+        return grad_x, grad_weight, None, None, None
 
 
-def _forward_operands(ctx: Any, x: Tensor, weight: Tensor, recipe: FP8Recipe) -> tuple[Tensor, Tensor]:
-    """Quantise both, keep them for the backward pass, and return their values."""
-    inputs, x_values = quantize_and_round(x, TILE, scale_format=recipe.input_scale)
-    weights, weight_values = quantize_and_round(weight, BLOCK)
-    ctx.save_for_backward(inputs.data, inputs.scale, weights.data, weights.scale)
-    recipe.see("input", x, x_values)
-    recipe.see("weight", weight, weight_values)
-    return x_values.to(_product_dtype(x)), weight_values.to(_product_dtype(weight))
+class _FP8SwiGLULinear(torch.autograd.Function):
+    """SwiGLU's output by a matrix, or by one per expert; of both only SwiGLU's input waits for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_up: Tensor, weight: Tensor, counts: list[int] | None, recipe: FP8Recipe, keeps: bool
+    ) -> Tensor:
+        hidden = swiglu(gate_up.float())
+        inputs = quantize_and_round(hidden, TILE, scale_format=recipe.input_scale)
+        recipe.see("input", hidden, inputs[1])
+        kept = ()
+        if keeps:
+            q = quantize(_halves(gate_up))
+            kept = (q.data, q.scale)
+        weights = _keep(ctx, weight, kept, recipe)
+        ctx.counts, ctx.dtype, ctx.shape = counts, gate_up.dtype, gate_up.shape
+        return _fprop(inputs, weights, counts).to(gate_up.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, scale, data, data_scale = ctx.saved_tensors
+        recipe: FP8Recipe = ctx.recipe
+        gate_up = Quantized(data, data_scale, TILE).dequantize().view(ctx.shape)
+        grad_gate_up = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = _input_gradient(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe)
+            grad_gate_up = swiglu_gradient(gate_up, grad_hidden.float()).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grads[0], swiglu(gate_up), recipe.input_scale, ctx.counts, recipe)
+        return grad_gate_up, grad_weight, None, None, None
 
 
-def _operand(q: Quantized) -> Tensor:
+def _keep(ctx: Any, weight: Tensor, kept: tuple[Tensor, ...], recipe: FP8Recipe) -> _Rounded:
+    """Keep the weight in FP8 and ``kept`` for the backward pass; return the weight."""
+    weights, values = quantize_and_round(weight, BLOCK)
+    ctx.save_for_backward(weights.data, weights.scale, *kept)
+    ctx.recipe = recipe
+    recipe.see("weight", weight, values)
+    return weights, values
+
+
+def _fprop(x: _Rounded, weight: _Rounded, counts: list[int] | None) -> Tensor:
+    """Fprop: return ``x @ weight.T``."""
+    return _multiplied(x[1], weight[1], counts)
+
+
+def _input_gradient(grad: Tensor, weight: Quantized, counts: list[int] | None, recipe: FP8Recipe) -> Tensor:
+    """Dgrad: return ``grad @ weight`` with the gradient in the recipe's tiles."""
+    by_row = round_values(grad, recipe.gradient_tile, scale_format=recipe.gradient_scale, amax_floor=GRADIENT_FLOOR)
+    recipe.see("gradient", grad, by_row)
+    return _multiplied(by_row, weight.dequantize().mT, counts)
+
+
+def _weight_gradient(
+    grad: Tensor, inputs: Tensor, input_scale: ScaleFormat, counts: list[int] | None, recipe: FP8Recipe
+) -> Tensor:
+    """Wgrad: return ``grad.T @ inputs``, FP32, with both in tiles of 128 x 1 that begin anew with each expert."""
+    where = None if counts is None else _expert_places(counts, grad.device)
+    by_column = _in_column_tiles(grad, recipe.gradient_scale, GRADIENT_FLOOR, where)
+    columns = _in_column_tiles(inputs, input_scale, AMAX_FLOOR, where)
+    if counts is None:
+        return weight_gradient(by_column, columns).float()
+    return grouped_weight_gradient(by_column, columns, counts).float()
+
+
+def _multiplied(x: Tensor, weight: Tensor, counts: list[int] | None) -> Tensor:
+    x, weight = _as_operand(x), _as_operand(weight)
+    return product(x, weight) if counts is None else grouped_product(x, weight, counts)
+
+
+def _in_column_tiles(x: Tensor, scale_format: ScaleFormat, floor: float, where: tuple[Tensor, int] | None) -> Tensor:
+    if where is None:
+        return _as_operand(round_values(x, COLUMN_TILE, scale_format=scale_format, amax_floor=floor))
+    place, size = where
+    spread = x.new_zeros(size, x.shape[1]).index_copy_(0, place, x)
+    values = round_values(spread, COLUMN_TILE, scale_format=scale_format, amax_floor=floor)
+    return _as_operand(values.index_select(0, place))
+
+
+def _as_operand(values: Tensor) -> Tensor:
     """Return values in the type in which products run."""
-    return q.dequantize(_product_dtype(q.data))
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "cpu" else torch.bfloat16
-
-
-def _gradient(grad: Tensor, tile: TileShape, recipe: FP8Recipe) -> Tensor:
-    values = round_values(grad, tile, scale_format=recipe.gradient_scale, amax_floor=GRADIENT_FLOOR)
-    return values.to(_product_dtype(values))
-
-
-def _columns(values: Tensor, recipe: FP8Recipe) -> Tensor:
-    """Return inputs that were in tiles of 1 x 128 in tiles of 128 x 1."""
-    return round_values(values, COLUMN_TILE, scale_format=recipe.input_scale).to(values.dtype)
-
-
-def _saved(ctx: Any) -> tuple[Quantized, Quantized]:
-    data, scale, weight_data, weight_scale = ctx.saved_tensors
-    return Quantized(data, scale, TILE), Quantized(weight_data, weight_scale, BLOCK)
+    return values.to(torch.float32 if values.device.type == "cpu" else torch.bfloat16)
 
 
 def _expert_places(counts: list[int], device: torch.device) -> tuple[Tensor, int]:
@@ -189,5 +334,41 @@ def _expert_places(counts: list[int], device: torch.device) -> tuple[Tensor, int
     return place.to(device), int(filled.sum())
 
 
-def _spread(x: Tensor, place: Tensor, size: int) -> Tensor:
-    return x.new_zeros(size, x.shape[1]).index_copy_(0, place, x)
+def _halves(gate_up: Tensor) -> Tensor:
+    """Return [2 M, F] for [M, 2 F]: no tile then holds numbers of both gate and up."""
+    return gate_up.reshape(2 * gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+def _half(gate_up: Tensor) -> torch.Size:
+    if gate_up.shape[-1:].numel() % 2:
+        raise PrecisionError(f"gate_up {list(gate_up.shape)} has no two halves; its last size must be even")
+    return torch.Size(size // 2 for size in gate_up.shape[-1:])
+
+
+def _check(x: Tensor, weight: Tensor, counts: Tensor | None, inputs: torch.Size) -> list[int] | None:
+    """Return the experts' rows, once it is clear that the operands fit; ``inputs``: [I], columns of the operand."""
+    wanted = "[O, I]" if counts is None else "[E, O, I]"
+    for name, each in (("x", x), ("weight", weight)):
+        if each.dtype not in _INPUT_TYPES:
+            raise PrecisionError(f"{name} of {each.dtype} is not quantised; give float32, bfloat16 or float16")
+    if weight.device != x.device:
+        raise PrecisionError(f"x on {x.device} and weight on {weight.device}; move one of them")
+    if weight.dim() != wanted.count(",") + 1 or weight.shape[-1:] != inputs or not inputs.numel():
+        raise PrecisionError(
+            f"weight {list(weight.shape)} does not take {list(inputs)} inputs of x {list(x.shape)}; it must be {wanted}"
+        )
+    return None if counts is None else _checked_counts(x, weight, counts)
+
+
+def _checked_counts(x: Tensor, weight: Tensor, counts: Tensor) -> list[int]:
+    if x.dim() != 2:
+        raise PrecisionError(f"rows of shape {list(x.shape)} are no [M, I]; flatten all dims but the last")
+    if counts.shape != weight.shape[:1] or counts.dtype not in (torch.int64, torch.int32):
+        raise PrecisionError(
+            f"counts {list(counts.shape)} of {counts.dtype} do not fit {weight.shape[0]} experts; "
+            f"they must be {[weight.shape[0]]} of torch.int64"
+        )
+    rows = counts.tolist()
+    if min(rows, default=0) < 0 or sum(rows) != x.shape[0]:
+        raise PrecisionError(f"counts sum to {sum(rows)}, with {x.shape[0]} rows; they must sum to the rows, all >= 0")
+    return rows
