@@ -5,6 +5,7 @@ on operands that were rounded to FP8, so its step can be faster than BF16's wher
 quantising is a copy of the same bytes: it reads FP32 and writes a quarter, with one scale for 128 values.
 
     .venv/bin/python benchmarks/bench_precision.py
+    .venv/bin/python benchmarks/bench_precision.py --recipes  # The kernels alone.
     .venv/bin/python benchmarks/bench_precision.py --model tiny --sequence 128 --repeats 9
 """
 
@@ -15,14 +16,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from cofire.model import build
 from cofire.model.fp8 import use_fp8
 from cofire.model.memory import keep_freed_memory
-from cofire.precision.quantize import BLOCK, COLUMN_TILE, TENSOR, TILE, quantize, round_values
+from cofire.precision.quantize import BLOCK, COLUMN_TILE, TENSOR, TILE, TileShape, quantize, round_values
 from cofire.spec import ModelSpec, load_as
 
 RECIPES = ("fp32", "fp8", "bf16")
@@ -49,30 +50,49 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     return found
 
 
-def kernels(options: argparse.Namespace) -> dict[str, tuple[Callable[[], object], float]]:
-    """Return what is timed, and the bytes that it has to move; every call works on all buffers, one after the other."""
+def kernels(options: argparse.Namespace) -> dict[str, tuple[Callable[[int], object], float]]:
+    """Return what is timed on the buffer of an index, and the bytes that it has to move."""
     inputs = [torch.randn(options.rows, options.columns) for _ in range(options.buffers)]
     targets = [torch.empty_like(x) for x in inputs]
-    kept = [quantize(x) for x in inputs]
-    size = sum(x.nbytes for x in inputs)
-
-    def on_all(call: Callable[[torch.Tensor], object]) -> Callable[[], object]:
-        return lambda: [call(x) and None for x in inputs]
-
-    def copy() -> None:
-        for target, x in zip(targets, inputs, strict=True):
-            target.copy_(x)
-
-    found: dict[str, tuple[Callable[[], object], float]] = {"copy": (copy, 2.0 * size)}
-    for name, tile in (("1 x 128", TILE), ("128 x 1", COLUMN_TILE), ("128 x 128", BLOCK), ("tensor", TENSOR)):
-        found[f"quantize {name}"] = (on_all(lambda x, tile=tile: quantize(x, tile).data.nbytes), 1.25 * size)
-    found["quantize 1 x 128, ue8m0"] = (on_all(lambda x: quantize(x, scale_format="ue8m0").data.nbytes), 1.25 * size)
-    found["round to 1 x 128"] = (on_all(lambda x: round_values(x).nbytes), 2.0 * size)
-    found["dequantize 1 x 128"] = (lambda: [q.dequantize().nbytes for q in kept], 1.25 * size)
+    size = inputs[0].nbytes
+    found: dict[str, tuple[Callable[[int], object], float]] = {
+        "copy": (lambda i: targets[i].copy_(inputs[i]), 2.0 * size)
+    }
+    tiles: dict[str, TileShape] = {"1 x 128": TILE, "128 x 1": COLUMN_TILE, "128 x 128": BLOCK}
+    for name, tile in tiles.items():
+        kept = [quantize(x, tile) for x in inputs]
+        found[f"quantize {name}"] = (lambda i, tile=tile: quantize(inputs[i], tile), 1.25 * size)
+        found[f"round to {name}"] = (lambda i, tile=tile: round_values(inputs[i], tile), 2.0 * size)
+        found[f"dequantize {name}"] = (lambda i, kept=kept: kept[i].dequantize(), 1.25 * size)
+    found["quantize 1 x 128, ue8m0"] = (lambda i: quantize(inputs[i], scale_format="ue8m0"), 1.25 * size)
+    found["quantize 1 x 128, e5m2"] = (lambda i: quantize(inputs[i], TILE, torch.float8_e5m2), 1.25 * size)
+    found["quantize tensor"] = (lambda i: quantize(inputs[i], TENSOR), 1.25 * size)
     return found
 
 
-def sample(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def print_kernels(options: argparse.Namespace) -> None:
+    """Time every kernel on every buffer in turns, and count each at its fastest: others may use the machine."""
+    calls = kernels(options)
+    fastest = {name: [float("inf")] * options.buffers for name in calls}
+    for _ in range(options.kernel_repeats):
+        for name, (call, _) in calls.items():
+            for i in range(options.buffers):
+                began = time.perf_counter()
+                call(i)
+                fastest[name][i] = min(fastest[name][i], time.perf_counter() - began)
+    seconds = {name: sum(times) / options.buffers for name, times in fastest.items()}
+    copy_rate = calls["copy"][1] / seconds["copy"]
+    numbers = options.rows * options.columns
+    print(
+        f"{options.buffers} x {options.rows} x {options.columns} FP32, measured, minima of {options.kernel_repeats}\n"
+    )
+    print("| kernel | ns per number | GB/s | of the copy |\n|---|---|---|---|")
+    for name, (_, size) in calls.items():
+        rate = size / seconds[name]
+        print(f"| {name} | {seconds[name] / numbers * 1e9:.3f} | {rate / 1e9:.1f} | {rate / copy_rate:.0%} |")
+
+
+def sample(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 1):
         for name, call in calls.items():
@@ -91,21 +111,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048, help="of each matrix that is quantised")
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--buffers", type=int, default=8, help="matrices in turn, so that none is in a cache")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--kernel-repeats", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=5, help="of the step")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES)
     options = parser.parse_args()
     keep_freed_memory()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
-    moved = kernels(options)
-    times = sample({name: call for name, (call, _) in moved.items()}, options.repeats)
-    copy_rate = moved["copy"][1] / statistics.median(times["copy"])
-    print(f"{options.buffers} x {options.rows} x {options.columns} FP32, measured\n")
-    print("| kernel | ms | GB/s | of the copy |\n|---|---|---|---|")
-    for name, (_, size) in moved.items():
-        median = statistics.median(times[name])
-        print(f"| {name} | {median * 1e3:.1f} | {size / median / 1e9:.1f} | {size / median / copy_rate:.0%} |")
+    print_kernels(options)
+    if not options.recipes:
+        return
     found = sample(steps(options), options.repeats)
     print(
         f"\n{options.model}, {options.batch} x {options.sequence} tokens, measured\n\n| recipe | step s (quartiles) |",

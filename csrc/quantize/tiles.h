@@ -18,6 +18,12 @@ struct TileGrid {
 
   uint64_t row_tiles() const { return (rows + height - 1) / height; }
   uint64_t column_tiles() const { return (columns + width - 1) / width; }
+
+  // A panel is what is worked on together: whole tiles, side by side, of about so many columns.
+  uint64_t panel_tiles(uint64_t panel_columns) const { return width < panel_columns ? panel_columns / width : 1; }
+  uint64_t panels_of_band(uint64_t panel_columns) const {
+    return (column_tiles() + panel_tiles(panel_columns) - 1) / panel_tiles(panel_columns);
+  }
 };
 
 struct TileFormat {
@@ -26,10 +32,11 @@ struct TileFormat {
   float floor = 1e-4f;
 };
 
+// Every processor gives the same bits; `plain` does without the instructions that not all have.
 // `codes` and `scales` may be null where they are not wanted, and `values`, the codes' values times the scales, too.
 void quantize_tiles(const float* x, uint8_t* codes, void* scales, float* values, const TileGrid& grid, const TileFormat& format,
-                    uint32_t num_threads);
+                    uint32_t num_threads, bool plain = false);
 void dequantize_tiles(const uint8_t* codes, const void* scales, float* values, const TileGrid& grid, const TileFormat& format,
-                      uint32_t num_threads);
+                      uint32_t num_threads, bool plain = false);
 
 }  // namespace cofire

@@ -14,6 +14,7 @@ def quantize(
     power_of_two: bool,
     floor: float,
     num_threads: int,
+    plain: bool = False,
 ) -> None: ...
 def dequantize(
     codes: int,
@@ -27,4 +28,5 @@ def dequantize(
     element: int,
     power_of_two: bool,
     num_threads: int,
+    plain: bool = False,
 ) -> None: ...
