@@ -11,6 +11,7 @@ Here: one model from one preset on the same tokens, several seeds, arms that dif
     fp32        the baseline on a CPU, which emulates BF16; beside bf16, how much rounding alone moves the loss
     fp8         1 x 128 tiles, 128 x 128 weight blocks
     fp8-blocks  the same with gradients in blocks of 128 x 128 where they are multiplied by weights
+    combine-X   what multiplies faster of BF16 and FP32; experts' outputs, and the gradients of their inputs, in X
 
 Moments are BF16 in all arms, so that products alone differ. The gap is of the means of the last steps' training losses,
 which both arms have of the same tokens, and of the last validation. The scale is about 1/1,000 of the paper's in
@@ -35,8 +36,22 @@ ARMS = {
     "fp32": ("recipe=fp32",),
     "fp8": ("recipe=fp8",),
     "fp8-blocks": ("recipe=fp8", "gradient_tile=block"),
+    "combine-e4m3": ("recipe=auto", "combine=e4m3"),
+    "combine-e5m2": ("recipe=auto", "combine=e5m2"),
+    "combine-logfmt8": ("recipe=auto", "combine=logfmt8"),
+    "combine-logfmt10": ("recipe=auto", "combine=logfmt10"),
 }
-COLOURS = {"bf16": "#5d6068", "fp32": "#158a4f", "fp8": "#2a78d6", "fp8-blocks": "#e0622b"}
+TRAINED = ("bf16", "fp32", "fp8", "fp8-blocks")
+COLOURS = {
+    "bf16": "#5d6068",
+    "fp32": "#158a4f",
+    "fp8": "#2a78d6",
+    "fp8-blocks": "#e0622b",
+    "combine-e4m3": "#b8860b",
+    "combine-e5m2": "#8a3b12",
+    "combine-logfmt8": "#7a4fd0",
+    "combine-logfmt10": "#c2348a",
+}
 GOAL = 0.0025
 RECENT_STEPS = 100
 
@@ -222,7 +237,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     if options.arms is None:
         import torch
 
-        options.arms = [arm for arm in ARMS if arm != "bf16" or torch.cuda.is_available()]
+        options.arms = [arm for arm in TRAINED if arm != "bf16" or torch.cuda.is_available()]
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"--arms {unknown[0]} is not one of {', '.join(ARMS)}")
     return options

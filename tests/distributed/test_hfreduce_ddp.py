@@ -188,8 +188,8 @@ def test_training_over_hfreduce_equals_training_in_one_process(world_size, tmp_p
     assert {path.name for path in tmp_path.glob("done-*")} == {f"done-{rank}" for rank in range(world_size)}
 
 
-# What the example's runs made, until the process ends: PyTorch 2.13 destroys a gloo group with the GIL held if DDP is its
-# last owner, and waits for ever if a thread of gloo just then needs the GIL to forget its last operation.
+# What the example's runs made, until the process ends: PyTorch 2.13 destroys a gloo group with the GIL held if DDP is
+# its last owner, and waits for ever if a thread of gloo just then needs the GIL to forget its last operation.
 _made = []
 
 

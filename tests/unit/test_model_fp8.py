@@ -16,8 +16,8 @@ from cofire.model.linear import Linear
 from cofire.model.moe import LocalDispatcher, MoELayer
 from cofire.model.router import Routing
 from cofire.precision.codec import EXACT, GRADIENT_FLOOR, BF16Codec, ExpertCodecs, FP8Codec, LogFMTCodec
-from cofire.precision.linear import FP8Recipe
 from cofire.precision.quantize import TILE, round_values
+from cofire.precision.recipe import FP8Recipe
 from cofire.spec import ModelSpec, load_as
 
 TINY = load_as(ModelSpec, "tiny")

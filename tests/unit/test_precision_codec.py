@@ -31,6 +31,7 @@ CODECS = {
     "fp8": FP8Codec(),
     "fp8-fp32": FP8Codec("fp32"),
     "fp8-gradient": FP8Codec(amax_floor=GRADIENT_FLOOR),
+    "fp8-e5m2": FP8Codec("fp32", dtype=torch.float8_e5m2),
     **{f"logfmt-{bits}": LogFMTCodec(bits) for bits in range(3, 11)},
     "e5m6": E5M6Codec(),
 }
@@ -237,6 +238,7 @@ def test_a_scale_of_another_format_is_not_read() -> None:
     ("make", "match"),
     [
         (lambda: FP8Codec("e8m0"), "neither"),  # type: ignore[arg-type]
+        (lambda: FP8Codec(dtype=torch.float16), "not an FP8 format"),
         (lambda: FP8Codec(amax_floor=0.0), "positive"),
         (lambda: FP8Codec(amax_floor=math.nan), "positive"),
         (lambda: LogFMTCodec(2), "3 to 10"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,8 @@ from cofire.model import build
 from cofire.model.fp8 import use_fp8
 from cofire.model.linear import Linear
 from cofire.model.moe import MoELayer, silu_product
-from cofire.precision.codec import E5M6Codec
+from cofire.precision.codec import GRADIENT_FLOOR, E5M6Codec
 from cofire.precision.linear import (
-    GRADIENT_FLOOR,
-    FP8Recipe,
     fp8_grouped_linear,
     fp8_grouped_swiglu_linear,
     fp8_linear,
@@ -25,6 +24,7 @@ from cofire.precision.linear import (
     swiglu,
 )
 from cofire.precision.quantize import BLOCK, COLUMN_TILE, TILE, ScaleFormat, quantize
+from cofire.precision.recipe import FP8Recipe
 from cofire.spec import ModelSpec, load_as
 
 
@@ -378,3 +378,53 @@ def test_a_decoder_in_fp8_has_nearly_the_loss_and_gradient_of_fp32():
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0).item() > 0.99
+
+
+def passes(recipe: FP8Recipe, grouped: bool, swiglu_first: bool) -> list[Tensor]:
+    """Return a layer's output and gradients for one set of operands."""
+    inputs = 2 * 200 if swiglu_first else 200
+    x, _, _ = operands(300, inputs, 1)
+    _, weight, grad = operands(300, 200, 150)
+    weight = weight * 50
+    if grouped:
+        weight = torch.stack([weight, weight.flip(0), -weight])
+    x.requires_grad_()
+    weight.requires_grad_()
+    counts = (torch.tensor([130, 0, 170]),) if grouped else ()
+    if grouped:
+        y = (fp8_grouped_swiglu_linear if swiglu_first else fp8_grouped_linear)(x, weight, *counts, recipe)
+    elif swiglu_first:
+        y = fp8_swiglu_linear(x, weight, recipe)
+    else:
+        y = fp8_linear(x, weight, None, recipe)
+    y.backward(grad)
+    assert x.grad is not None
+    assert weight.grad is not None
+    return [y.detach(), x.grad, weight.grad]
+
+
+@pytest.mark.parametrize("swiglu_first", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("gradient_tile", [TILE, BLOCK])
+@pytest.mark.parametrize("kept", ["fp8", "e5m6"])
+def test_products_of_scaled_operands_are_those_of_their_values(grouped, swiglu_first, gradient_tile, kept):
+    recipe = FP8Recipe(gradient_tile=gradient_tile, kept=kept)
+    expected = passes(recipe, grouped, swiglu_first)
+    found = passes(replace(recipe, backend="cpu"), grouped, swiglu_first)
+    for exact, other in zip(expected, found, strict=True):
+        close(other, exact.double(), 400)
+
+
+def test_a_layer_runs_on_the_model_of_a_tensor_cores_accumulators():
+    expected = passes(FP8Recipe(), grouped=False, swiglu_first=False)
+    found = passes(FP8Recipe(backend="reference"), grouped=False, swiglu_first=False)
+    for exact, other in zip(expected, found, strict=True):
+        error = ((other - exact).norm() / exact.norm()).item()
+        assert 1e-7 < error < 2e-3, "14 bits are kept over 128 products"
+
+
+def test_a_backend_that_cannot_run_here_is_one_line():
+    with pytest.raises(PrecisionError, match=r"backend 'hopper' is not one of reference, cpu, torch, triton, or None"):
+        FP8Recipe(backend="hopper")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PrecisionError, match="needs a CUDA device"):
+        fp8_linear(torch.ones(2, 128), torch.ones(3, 128), None, FP8Recipe(backend="triton"))

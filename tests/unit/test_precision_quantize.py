@@ -23,6 +23,7 @@ from cofire.precision.quantize import (
     _quantize,
     quantize,
     quantize_and_round,
+    quantize_transposed,
     requantize,
     round_values,
     scale_of,
@@ -222,3 +223,15 @@ def test_what_does_not_fit_is_refused_in_one_line(make, message):
     with pytest.raises(PrecisionError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (130, 70), (2, 5, 300), (0, 128), (3, 0)])
+@pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
+def test_the_transpose_is_quantised_as_the_column_tiles_are(shape, scale_format):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = quantize_transposed(x, scale_format=scale_format)
+    expected = quantize(x, COLUMN_TILE, scale_format=scale_format)
+    assert found.tile == TILE
+    assert found.data.is_contiguous()
+    assert torch.equal(found.data.view(torch.uint8), expected.data.mT.view(torch.uint8))
+    assert torch.equal(found.scale.float(), expected.scale.mT.float())

@@ -18,7 +18,7 @@ from cofire.model.linear import Linear
 from cofire.model.moe import LocalDispatcher, MoELayer
 from cofire.precision.codec import ExpertCodecs
 from cofire.precision.health import Watch
-from cofire.precision.linear import FP8Recipe
+from cofire.precision.recipe import FP8Recipe
 
 
 def use_fp8(decoder: Decoder, recipe: FP8Recipe | None = None, watch: Watch | None = None) -> int:

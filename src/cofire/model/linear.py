@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cofire.precision.linear import FP8Recipe, fp8_linear
+from cofire.precision.linear import fp8_linear
 from cofire.precision.product import (
     dense,
     grouped_product,
@@ -25,6 +25,7 @@ from cofire.precision.product import (
     takes_onednn,
     weight_gradient,
 )
+from cofire.precision.recipe import FP8Recipe
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -23,13 +23,13 @@ from cofire.model.linear import Linear, grouped_linear, linear
 from cofire.model.router import Router, Routing
 from cofire.precision.codec import EXACT, ExpertCodecs, transfer
 from cofire.precision.linear import (
-    FP8Recipe,
     fp8_grouped_linear,
     fp8_grouped_swiglu_linear,
     fp8_swiglu_linear,
     swiglu,
     swiglu_gradient,
 )
+from cofire.precision.recipe import FP8Recipe
 from cofire.spec import MoESpec
 
 # Up to this many (token, expert) pairs, gathering the experts' weights beats sorting the tokens.

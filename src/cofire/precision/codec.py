@@ -97,15 +97,17 @@ class BF16Codec:
 
 @dataclass(frozen=True)
 class FP8Codec:
-    """E4M3 in tiles of 1 x 128, then a scale for each; a tile with an infinity or a NaN is NaN throughout.
+    """FP8 in tiles of 1 x 128, then a scale for each; a tile with an infinity or a NaN is NaN throughout.
 
     Attributes:
+        dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
         scale_format: FP32, or powers of two of one byte.
         amax_floor: A tile's largest value counts as at least this.
     """
 
     scale_format: ScaleFormat = "ue8m0"
     amax_floor: float = AMAX_FLOOR
+    dtype: torch.dtype = torch.float8_e4m3fn
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -115,6 +117,8 @@ class FP8Codec:
         """
         if self.scale_format not in _SCALE_TYPES:
             raise PrecisionError(f"scale format {self.scale_format!r} is neither 'fp32' nor 'ue8m0'")
+        if self.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise PrecisionError(f"{self.dtype} is not an FP8 format; take float8_e4m3fn or float8_e5m2")
         if not 0.0 < self.amax_floor < float("inf"):
             raise PrecisionError(f"amax_floor {self.amax_floor} is not a positive number; take {AMAX_FLOOR:g}")
 
@@ -131,7 +135,7 @@ class FP8Codec:
         Raises:
             PrecisionError: Another shape or type.
         """
-        q = quantize(_checked_rows(x), TILE, scale_format=self.scale_format, amax_floor=self.amax_floor)
+        q = quantize(_checked_rows(x), TILE, self.dtype, self.scale_format, self.amax_floor)
         return _message(q.data, q.scale)
 
     def decode(self, message: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -150,7 +154,7 @@ class FP8Codec:
     def quantized(self, message: Tensor, length: int) -> Quantized:
         """Return codes and scales as they came, for a product that takes them; arguments as for :meth:`decode`."""
         message = _checked_message(message, self.bytes_per_token(length), length)
-        data = _part(message, 0, torch.float8_e4m3fn, length)
+        data = _part(message, 0, self.dtype, length)
         return Quantized(data, _part(message, length, _SCALE_TYPES[self.scale_format]), TILE)
 
 

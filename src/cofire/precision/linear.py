@@ -14,14 +14,12 @@ into tiles of 128 x 1, with two exceptions:
   does not say through which tiles that output reaches Wgrad. Here it is rounded to 128 x 1 at once: going through
   1 x 128, as Fprop's operand did, would round a second time.
 
-Products here run on dequantised operands, in FP32 on a CPU and in BF16 elsewhere: they have FP8's rounding of operands,
-not the narrow accumulators of a tensor core (``accumulate.py`` has those). Left out: scaled products of a GPU.
+``recipe.py`` says how, ``layer_products.py`` multiplies.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,66 +27,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cofire.errors import PrecisionError
-from cofire.precision.codec import GRADIENT_FLOOR, E5M6Codec
-from cofire.precision.health import Watch
-from cofire.precision.product import grouped_product, grouped_weight_gradient, product, weight_gradient
-from cofire.precision.quantize import (
-    AMAX_FLOOR,
-    BLOCK,
-    COLUMN_TILE,
-    TILE,
-    Quantized,
-    ScaleFormat,
-    TileShape,
-    quantize,
-    quantize_and_round,
-    round_values,
-)
+from cofire.precision.codec import E5M6Codec
+from cofire.precision.layer_products import Operand, dgrad, fprop, operand, wgrad
+from cofire.precision.quantize import BLOCK, TILE, Quantized, quantize
+from cofire.precision.recipe import FP8Recipe
 
-Kept = Literal["fp8", "e5m6"]
-
-_ROWS = 128
 _E5M6 = E5M6Codec()
 _INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class FP8Recipe:
-    """How one linear layer is quantised.
-
-    Attributes:
-        input_scale: Format of the input's scales.
-        gradient_scale: Format of the scales of the output's gradient.
-        gradient_tile: Of the output's gradient for Dgrad: ``TILE``; ``BLOCK`` is what the report found to diverge.
-        kept: Format in which the input waits for Wgrad; ``e5m6`` has scales that are powers of two, whatever
-            ``input_scale`` says. Layers behind SwiGLU keep another tensor, always in FP8.
-        layer: Its name, for the watch.
-        watch: Sees the operands; none: nobody does.
-    """
-
-    input_scale: ScaleFormat = "fp32"
-    gradient_scale: ScaleFormat = "fp32"
-    gradient_tile: TileShape = TILE
-    kept: Kept = "fp8"
-    layer: str = ""
-    watch: Watch | None = None
-
-    def __post_init__(self) -> None:
-        """Check the formats.
-
-        Raises:
-            PrecisionError: There is no such format.
-        """
-        for name, value in (("input_scale", self.input_scale), ("gradient_scale", self.gradient_scale)):
-            if value not in get_args(ScaleFormat):
-                raise PrecisionError(f"{name} {value!r} is neither 'fp32' nor 'ue8m0'")
-        if self.kept not in get_args(Kept):
-            raise PrecisionError(f"kept {self.kept!r} is neither 'fp8' nor 'e5m6'")
-
-    def see(self, tensor: str, exact: Tensor, rounded: Tensor) -> None:
-        """Show the watch an operand before and after."""
-        if self.watch is not None:
-            self.watch.see(self.layer, tensor, exact, rounded)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: FP8Recipe) -> Tensor:
@@ -204,10 +149,6 @@ def swiglu_gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
     return out
 
 
-# An operand in FP8 and its values: what multiplies takes what suits it.
-_Rounded = tuple[Quantized, Tensor]
-
-
 class _FP8Linear(torch.autograd.Function):
     """Rows [M, I] by [O, I], or by [E, O, I] where ``counts`` says how many rows each expert has."""
 
@@ -215,14 +156,14 @@ class _FP8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, counts: list[int] | None, recipe: FP8Recipe, keeps: bool
     ) -> Tensor:
-        inputs = quantize_and_round(x, TILE, scale_format=recipe.input_scale)
-        recipe.see("input", x, inputs[1])
+        inputs = operand(x, TILE, recipe.input_scale, recipe, "input")
         kept = ()
         if keeps:
-            kept = (_E5M6.encode(x),) if recipe.kept == "e5m6" else (inputs[0].data, inputs[0].scale)
+            in_fp8 = inputs.quantized.data, inputs.quantized.scale
+            kept = (_E5M6.encode(x),) if recipe.kept == "e5m6" else in_fp8
         weights = _keep(ctx, weight, kept, recipe)
         ctx.counts, ctx.dtype, ctx.shape = counts, x.dtype, x.shape
-        return _fprop(inputs, weights, counts).to(x.dtype)
+        return fprop(inputs, weights, counts, recipe, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -231,12 +172,12 @@ class _FP8Linear(torch.autograd.Function):
         recipe: FP8Recipe = ctx.recipe
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe).to(ctx.dtype)
+            grad_x = dgrad(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe, ctx.dtype)
         if ctx.needs_input_grad[1]:
             in_e5m6 = recipe.kept == "e5m6"
             inputs = _E5M6.decode(kept[0], ctx.shape[1]) if in_e5m6 else Quantized(kept[0], kept[1], TILE).dequantize()
             scale_format = "ue8m0" if in_e5m6 else recipe.input_scale
-            grad_weight = _weight_gradient(grads[0], inputs, scale_format, ctx.counts, recipe)
+            grad_weight = wgrad(grads[0], inputs, scale_format, ctx.counts, recipe)
         return grad_x, grad_weight, None, None, None
 
 
@@ -248,15 +189,14 @@ class _FP8SwiGLULinear(torch.autograd.Function):
         ctx: Any, gate_up: Tensor, weight: Tensor, counts: list[int] | None, recipe: FP8Recipe, keeps: bool
     ) -> Tensor:
         hidden = swiglu(gate_up.float())
-        inputs = quantize_and_round(hidden, TILE, scale_format=recipe.input_scale)
-        recipe.see("input", hidden, inputs[1])
+        inputs = operand(hidden, TILE, recipe.input_scale, recipe, "input")
         kept = ()
         if keeps:
             q = quantize(_halves(gate_up))
             kept = (q.data, q.scale)
         weights = _keep(ctx, weight, kept, recipe)
         ctx.counts, ctx.dtype, ctx.shape = counts, gate_up.dtype, gate_up.shape
-        return _fprop(inputs, weights, counts).to(gate_up.dtype)
+        return fprop(inputs, weights, counts, recipe, gate_up.dtype)
 
     @staticmethod
     @once_differentiable
@@ -266,72 +206,19 @@ class _FP8SwiGLULinear(torch.autograd.Function):
         gate_up = Quantized(data, data_scale, TILE).dequantize().view(ctx.shape)
         grad_gate_up = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = _input_gradient(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe)
-            grad_gate_up = swiglu_gradient(gate_up, grad_hidden.float()).to(ctx.dtype)
+            grad_hidden = dgrad(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe, torch.float32)
+            grad_gate_up = swiglu_gradient(gate_up, grad_hidden).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grads[0], swiglu(gate_up), recipe.input_scale, ctx.counts, recipe)
+            grad_weight = wgrad(grads[0], swiglu(gate_up), recipe.input_scale, ctx.counts, recipe)
         return grad_gate_up, grad_weight, None, None, None
 
 
-def _keep(ctx: Any, weight: Tensor, kept: tuple[Tensor, ...], recipe: FP8Recipe) -> _Rounded:
+def _keep(ctx: Any, weight: Tensor, kept: tuple[Tensor, ...], recipe: FP8Recipe) -> Operand:
     """Keep the weight in FP8 and ``kept`` for the backward pass; return the weight."""
-    weights, values = quantize_and_round(weight, BLOCK)
-    ctx.save_for_backward(weights.data, weights.scale, *kept)
+    weights = operand(weight, BLOCK, "fp32", recipe, "weight")
+    ctx.save_for_backward(weights.quantized.data, weights.quantized.scale, *kept)
     ctx.recipe = recipe
-    recipe.see("weight", weight, values)
-    return weights, values
-
-
-def _fprop(x: _Rounded, weight: _Rounded, counts: list[int] | None) -> Tensor:
-    """Fprop: return ``x @ weight.T``."""
-    return _multiplied(x[1], weight[1], counts)
-
-
-def _input_gradient(grad: Tensor, weight: Quantized, counts: list[int] | None, recipe: FP8Recipe) -> Tensor:
-    """Dgrad: return ``grad @ weight`` with the gradient in the recipe's tiles."""
-    by_row = round_values(grad, recipe.gradient_tile, scale_format=recipe.gradient_scale, amax_floor=GRADIENT_FLOOR)
-    recipe.see("gradient", grad, by_row)
-    return _multiplied(by_row, weight.dequantize().mT, counts)
-
-
-def _weight_gradient(
-    grad: Tensor, inputs: Tensor, input_scale: ScaleFormat, counts: list[int] | None, recipe: FP8Recipe
-) -> Tensor:
-    """Wgrad: return ``grad.T @ inputs``, FP32, with both in tiles of 128 x 1 that begin anew with each expert."""
-    where = None if counts is None else _expert_places(counts, grad.device)
-    by_column = _in_column_tiles(grad, recipe.gradient_scale, GRADIENT_FLOOR, where)
-    columns = _in_column_tiles(inputs, input_scale, AMAX_FLOOR, where)
-    if counts is None:
-        return weight_gradient(by_column, columns).float()
-    return grouped_weight_gradient(by_column, columns, counts).float()
-
-
-def _multiplied(x: Tensor, weight: Tensor, counts: list[int] | None) -> Tensor:
-    x, weight = _as_operand(x), _as_operand(weight)
-    return product(x, weight) if counts is None else grouped_product(x, weight, counts)
-
-
-def _in_column_tiles(x: Tensor, scale_format: ScaleFormat, floor: float, where: tuple[Tensor, int] | None) -> Tensor:
-    if where is None:
-        return _as_operand(round_values(x, COLUMN_TILE, scale_format=scale_format, amax_floor=floor))
-    place, size = where
-    spread = x.new_zeros(size, x.shape[1]).index_copy_(0, place, x)
-    values = round_values(spread, COLUMN_TILE, scale_format=scale_format, amax_floor=floor)
-    return _as_operand(values.index_select(0, place))
-
-
-def _as_operand(values: Tensor) -> Tensor:
-    """Return values in the type in which products run."""
-    return values.to(torch.float32 if values.device.type == "cpu" else torch.bfloat16)
-
-
-def _expert_places(counts: list[int], device: torch.device) -> tuple[Tensor, int]:
-    """Return where each row goes if every expert's rows are filled up to whole tiles, and the rows then."""
-    numbers = torch.tensor(counts)
-    filled = (numbers + _ROWS - 1) // _ROWS * _ROWS
-    shift = filled.cumsum(0) - filled - (numbers.cumsum(0) - numbers)
-    place = torch.arange(int(numbers.sum())) + shift.repeat_interleave(numbers)
-    return place.to(device), int(filled.sum())
+    return weights
 
 
 def _halves(gate_up: Tensor) -> Tensor:

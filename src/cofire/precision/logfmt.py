@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,12 @@ class LogFMT:
 
     def decode(self) -> Tensor:
         """Return the numbers, [..., L], FP32."""
+        gpu = _gpu_kernels(self.packed)
+        if gpu is not None:
+            dense = LogFMT(
+                self.bits, self.packed.contiguous(), self.low.contiguous(), self.high.contiguous(), self.shape
+            )
+            return gpu.decode(dense)
         *batch, length = self.shape
         tile_bytes = TILE_SIZE * self.bits // 8
         packed = _fill_up(self.packed, self.low.shape[-1] * tile_bytes)
@@ -144,9 +150,30 @@ def encode(x: Tensor, bits: int = 8, underflow: Underflow = "clamp") -> LogFMT:
         raise PrecisionError(f"{x.dtype} is not encoded to LogFMT; give float32, bfloat16 or float16")
     if x.dim() == 0:
         raise PrecisionError("a scalar has no tiles; give a vector")
+    gpu = _gpu_kernels(x)
+    if gpu is not None:
+        return gpu.encode(x.detach().contiguous(), bits, underflow)
+    return _encode(x.detach(), bits, underflow)
+
+
+def _gpu_kernels(x: Tensor) -> Any:
+    """Return the module of Triton's kernels if they run where a tensor is, else None."""
+    if x.device.type != "cuda":
+        return None
+    from cofire.precision import triton
+
+    if not triton.runs_on(x.device):
+        return None
+    from cofire.precision.triton import logfmt
+
+    return logfmt
+
+
+def _encode(x: Tensor, bits: int, underflow: Underflow) -> LogFMT:
+    """Encode with PyTorch's operations, on any device."""
     *batch, length = x.shape
     num_tiles, tile_bytes = -(-length // TILE_SIZE), TILE_SIZE * bits // 8
-    tiles = _fill_up(x.detach(), num_tiles * TILE_SIZE).reshape(math.prod(batch) * num_tiles, TILE_SIZE)
+    tiles = _fill_up(x, num_tiles * TILE_SIZE).reshape(math.prod(batch) * num_tiles, TILE_SIZE)
     packed = tiles.new_empty(tiles.shape[0], tile_bytes, dtype=torch.uint8)
     low = tiles.new_empty(tiles.shape[0], dtype=torch.float32)
     high = torch.empty_like(low)

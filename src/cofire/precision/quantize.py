@@ -14,7 +14,7 @@ rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,11 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values, [..., R, C]; exact in FP32 but for one rounding of the product with an FP32 scale."""
-        if _has_kernel(self.data, self.tile) and self.data.is_contiguous() and self.scale.is_contiguous():
+        dense = self.data.is_contiguous() and self.scale.is_contiguous()
+        gpu = _gpu_kernels(self.data)
+        if dense and gpu is not None and self.tile in gpu.TILES and dtype in gpu.VALUE_TYPES:
+            return gpu.dequantize(self, dtype)
+        if dense and _has_kernel(self.data, self.tile):
             return cpu_kernels.dequantize_tiles(self.data, self.scale, _fixed(self.tile)).to(dtype)
         values = self.data.to(torch.float32)
         view, original = _in_tiles(values, self.tile)
@@ -119,10 +123,10 @@ def quantize(
     x = _checked(x, dtype, scale_format)
     if _has_kernel(x, tile):
         codes, scale = cpu_kernels.quantize_tiles(
-            x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
+            x.float().contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
         )
         return Quantized(codes, scale, tile)
-    return _quantize(x, tile, dtype, scale_format, amax_floor)
+    return _quantize_elsewhere(x, tile, dtype, scale_format, amax_floor)
 
 
 def round_values(
@@ -135,8 +139,10 @@ def round_values(
     """Return ``quantize(...).dequantize()``, [..., R, C] FP32, in one pass where there is a kernel for that."""
     x = _checked(x, dtype, scale_format)
     if _has_kernel(x, tile):
-        return cpu_kernels.round_to_tiles(x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor)
-    return _quantize(x, tile, dtype, scale_format, amax_floor).dequantize()
+        return cpu_kernels.round_to_tiles(
+            x.float().contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
+        )
+    return _quantize_elsewhere(x, tile, dtype, scale_format, amax_floor).dequantize()
 
 
 def quantize_and_round(
@@ -150,11 +156,50 @@ def quantize_and_round(
     x = _checked(x, dtype, scale_format)
     if _has_kernel(x, tile):
         codes, scale, values = cpu_kernels.quantize_and_round(
-            x.contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
+            x.float().contiguous(), _fixed(tile), dtype, scale_format == "ue8m0", amax_floor
         )
         return Quantized(codes, scale, tile), values
-    q = _quantize(x, tile, dtype, scale_format, amax_floor)
+    q = _quantize_elsewhere(x, tile, dtype, scale_format, amax_floor)
     return q, q.dequantize()
+
+
+def quantize_transposed(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "fp32",
+    amax_floor: float = AMAX_FLOOR,
+) -> Quantized:
+    """Return ``quantize(x.mT, TILE)``: columns in tiles of 128 rows, stored one after the other.
+
+    What Wgrad takes of both operands, in one pass where there is a kernel for that.
+
+    Args:
+        x: [..., R, C], as for :func:`quantize`.
+        dtype: As there.
+        scale_format: As there.
+        amax_floor: As there.
+
+    Returns:
+        Data [..., C, R] and scales [..., C, ceil(R / 128)].
+
+    Raises:
+        PrecisionError: As there.
+    """
+    x = _checked(x, dtype, scale_format)
+    gpu = _gpu_kernels(x)
+    if gpu is not None and gpu.takes(TILE, dtype, amax_floor):
+        return gpu.quantize_transposed(x.contiguous(), dtype, scale_format, amax_floor)
+    return quantize(x.mT, TILE, dtype, scale_format, amax_floor)
+
+
+def _quantize_elsewhere(
+    x: Tensor, tile: TileShape, dtype: torch.dtype, scale_format: ScaleFormat, amax_floor: float
+) -> Quantized:
+    """Quantise what the native code does not take, with Triton's kernels or PyTorch's operations: the same bits."""
+    gpu = _gpu_kernels(x)
+    if gpu is not None and gpu.takes(tile, dtype, amax_floor):
+        return gpu.quantize(x.contiguous(), tile, dtype, scale_format, amax_floor)
+    return _quantize(x.float(), tile, dtype, scale_format, amax_floor)
 
 
 def _quantize(
@@ -209,7 +254,7 @@ def scale_shape(shape: torch.Size | tuple[int, ...], tile: TileShape) -> tuple[i
 
 
 def _checked(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> Tensor:
-    """Return FP32 values outside autograd, once it is clear that they can be quantised."""
+    """Return values outside autograd, once it is clear that they can be quantised."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise PrecisionError(f"{x.dtype} is not quantised; give float32, bfloat16 or float16")
     if dtype not in _DATA_TYPES:
@@ -220,12 +265,25 @@ def _checked(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> Tensor
         raise PrecisionError("a scalar has no tiles; give a matrix")
     if x.dim() == 1:
         raise PrecisionError(f"a vector of {x.numel()} has no rows and columns; give x.unsqueeze(0)")
-    return x.detach().float()
+    return x.detach()
 
 
 def _has_kernel(x: Tensor, tile: TileShape) -> bool:
     """Return whether ``cpu_kernels`` takes a tensor; it makes dense ones."""
     return x.device.type == "cpu" and None not in tile and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _gpu_kernels(x: Tensor) -> Any:
+    """Return the module of Triton's kernels if they run where a tensor is, else None."""
+    if x.device.type != "cuda":
+        return None
+    from cofire.precision import triton
+
+    if not triton.runs_on(x.device):
+        return None
+    from cofire.precision.triton import quantize
+
+    return quantize
 
 
 def _fixed(tile: TileShape) -> tuple[int, int]:

@@ -186,7 +186,7 @@ def _machine_section(record: RunRecord, summary: Summary) -> str:
     rows = [(str(key), str(value)) for key, value in machine.items()] if isinstance(machine, dict) else []
     if isinstance(machine, str):
         rows.append(("machine", machine))
-    rows += [(key, str(start[key])) for key in ("device", "dtype") if isinstance(start.get(key), str)]
+    rows += [(key, str(start[key])) for key in ("device", "dtype", "products") if isinstance(start.get(key), str)]
     peak = number(start, "matrix_peak_flops_per_s")
     if peak is not None:
         rows.append(("measured matrix peak", f"{peak / 1e9:,.1f} GFLOP/s"))

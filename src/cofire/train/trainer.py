@@ -27,12 +27,9 @@ from torch import Tensor
 from cofire.errors import TrainError
 from cofire.model import build
 from cofire.model.balance import max_violation, update_biases
-from cofire.model.fp8 import use_fp8
 from cofire.model.memory import keep_freed_memory
 from cofire.plan import Plan, estimate
 from cofire.precision.health import Watch, summary
-from cofire.precision.linear import FP8Recipe
-from cofire.precision.quantize import BLOCK, TILE
 from cofire.spec import RunSpec, diff, dump, load_as
 from cofire.spec.units import format_quantity
 from cofire.train import metrics
@@ -40,6 +37,7 @@ from cofire.train.atomic import replace_file
 from cofire.train.checkpoint import CheckpointStore
 from cofire.train.data import PackedData, prepare
 from cofire.train.loader import Loader, validation_batches
+from cofire.train.number_formats import set_formats
 from cofire.train.optimizer import AdamW
 from cofire.train.schedule import learning_rate
 from cofire.train.suspend import FileSuspend, SignalSuspend, SuspendSignal, first_request
@@ -143,7 +141,7 @@ class Trainer:
         saved = {} if newest is None else json.loads((newest / "state.json").read_text("utf-8"))
         recipe = saved.get("recipe") or run.precision.recipe
         self.recipe = metrics.choose_recipe(self.device) if recipe == "auto" else recipe
-        # FP8 products are emulated: the rest of the model is in the type that the device is made for.
+        # Beside FP8 products the model is in the type that the device is made for.
         rest = ("bf16" if self.device.type == "cuda" else "fp32") if self.recipe == "fp8" else self.recipe
         self.compute_dtype = _DTYPES[rest]
         self.peak_flops_per_s = metrics.measure_matrix_peak(self.device, self.compute_dtype)
@@ -151,9 +149,7 @@ class Trainer:
         random.seed(run.seed)
         self.decoder = build(run.model, device=self.device, seed=run.seed).train()
         self.watch = Watch()
-        if self.recipe == "fp8":
-            gradient_tile = BLOCK if run.precision.gradient_tile == "block" else TILE
-            use_fp8(self.decoder, FP8Recipe(gradient_tile=gradient_tile), self.watch)
+        self.products = set_formats(self.decoder, run.precision, self.recipe, self.watch)
         self.decoder.recompute = run.recompute
         self.loss: Callable[[Tensor], Any] = torch.compile(self.decoder.loss) if run.compile else self.decoder.loss
         self.optimizer = AdamW(self.decoder.named_parameters(), run.optimizer, _DTYPES[run.precision.moment_format])
@@ -216,6 +212,7 @@ class Trainer:
                 parameters_activated=count.activated_head_only,
                 matrix_peak_flops_per_s=self.peak_flops_per_s,
                 dtype=self.recipe,
+                products=self.products,
                 device=str(self.device),
                 machine=_machine(),
                 unigram_entropy_nats=self.data.unigram_entropy,

@@ -1,0 +1,171 @@
+"""Fprop, Dgrad and Wgrad of a linear layer, or of one per expert, on FP8 operands.
+
+With a recipe's ``backend`` the products are those of ``gemm.py``, as a GPU's tensor cores or their model compute them.
+Without one they run on dequantised operands, in FP32 on a CPU and in BF16 elsewhere: they have FP8's rounding of
+operands, not the narrow accumulators of a tensor core. Wgrad's tiles begin anew with each expert's rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cofire.precision.codec import GRADIENT_FLOOR
+from cofire.precision.gemm import grouped_gemm, grouped_wgrad, scaled_gemm, transpose
+from cofire.precision.product import grouped_product, grouped_weight_gradient, product, weight_gradient
+from cofire.precision.quantize import (
+    AMAX_FLOOR,
+    BLOCK,
+    COLUMN_TILE,
+    TILE,
+    Quantized,
+    ScaleFormat,
+    TileShape,
+    quantize,
+    quantize_and_round,
+    quantize_transposed,
+    round_values,
+)
+from cofire.precision.recipe import FP8Recipe
+
+_ROWS = 128
+
+
+class Operand(NamedTuple):
+    """A tensor in FP8, and its values where they are what is multiplied."""
+
+    quantized: Quantized
+    values: Tensor | None
+
+
+def operand(x: Tensor, tile: TileShape, scale_format: ScaleFormat, recipe: FP8Recipe, tensor: str) -> Operand:
+    """Quantise an input or a weight, and show it to the recipe's watch under the name ``tensor``."""
+    if recipe.backend is None:
+        found = Operand(*quantize_and_round(x, tile, scale_format=scale_format))
+        recipe.see(tensor, x, found.values if found.values is not None else found.quantized)
+        return found
+    q = quantize(x, tile, scale_format=scale_format)
+    recipe.see(tensor, x, q)
+    return Operand(q, None)
+
+
+def fprop(x: Operand, weight: Operand, rows: list[int] | None, recipe: FP8Recipe, dtype: torch.dtype) -> Tensor:
+    """Return ``x @ weight.T``.
+
+    Args:
+        x: [M, I] in ``TILE``.
+        weight: [O, I], or [E, O, I], in ``BLOCK``.
+        rows: Of each expert; None: there is one matrix.
+        recipe: How.
+        dtype: Of the result.
+
+    Returns:
+        [M, O].
+    """
+    if recipe.backend is not None:
+        return _scaled(x.quantized, weight.quantized, rows, recipe, dtype)
+    assert x.values is not None
+    assert weight.values is not None
+    return _multiplied(x.values, weight.values, rows).to(dtype)
+
+
+def dgrad(grad: Tensor, weight: Quantized, rows: list[int] | None, recipe: FP8Recipe, dtype: torch.dtype) -> Tensor:
+    """Return ``grad @ weight`` with the gradient in the recipe's tiles.
+
+    Args:
+        grad: [M, O], of the output.
+        weight: [O, I], or [E, O, I], in ``BLOCK``.
+        rows: As for :func:`fprop`.
+        recipe: How.
+        dtype: Of the result.
+
+    Returns:
+        [M, I].
+    """
+    tile, scale_format = recipe.gradient_tile, recipe.gradient_scale
+    if recipe.backend is None:
+        values = round_values(grad, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
+        recipe.see("gradient", grad, values)
+        return _multiplied(values, weight.dequantize().mT, rows).to(dtype)
+    q = quantize(grad, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
+    recipe.see("gradient", grad, q)
+    return _scaled(_in_row_tiles(q), transpose(weight), rows, recipe, dtype)
+
+
+def wgrad(grad: Tensor, inputs: Tensor, scale_format: ScaleFormat, rows: list[int] | None, recipe: FP8Recipe) -> Tensor:
+    """Return ``grad.T @ inputs`` with both in tiles of 128 x 1.
+
+    Args:
+        grad: [M, O], of the output.
+        inputs: [M, I].
+        scale_format: Of the inputs.
+        rows: As for :func:`fprop`.
+        recipe: How.
+
+    Returns:
+        [O, I], or [E, O, I]; FP32.
+    """
+    where = None if rows is None else _expert_places(rows, grad.device)
+    operands: tuple[tuple[Tensor, ScaleFormat, float], ...] = (
+        (grad, recipe.gradient_scale, GRADIENT_FLOOR),
+        (inputs, scale_format, AMAX_FLOOR),
+    )
+    if recipe.backend is None:
+        by_column, columns = (_in_column_tiles(*each, where) for each in operands)
+        if rows is None:
+            return weight_gradient(by_column, columns).float()
+        return grouped_weight_gradient(by_column, columns, rows).float()
+    left, right = (
+        quantize_transposed(_spread(x, where), scale_format=format, amax_floor=floor) for x, format, floor in operands
+    )
+    if rows is None:
+        return scaled_gemm(left, right, recipe.backend)
+    return grouped_wgrad(left, right, torch.tensor(rows, device=grad.device), recipe.backend)
+
+
+def _scaled(x: Quantized, weight: Quantized, rows: list[int] | None, recipe: FP8Recipe, dtype: torch.dtype) -> Tensor:
+    assert recipe.backend is not None
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if rows is None:
+        return scaled_gemm(x, weight, recipe.backend, wide).to(dtype)
+    counts = torch.tensor(rows, device=x.data.device)
+    return grouped_gemm(x, weight, counts, recipe.backend, wide).to(dtype)
+
+
+def _in_row_tiles(q: Quantized) -> Quantized:
+    """Return the same values with a scale for each row of a block, as products take them."""
+    if q.tile != BLOCK:
+        return q
+    scale = q.scale.repeat_interleave(_ROWS, dim=-2)[..., : q.data.shape[-2], :]
+    return Quantized(q.data, scale.contiguous(), TILE)
+
+
+def _multiplied(x: Tensor, weight: Tensor, rows: list[int] | None) -> Tensor:
+    x, weight = _as_operand(x), _as_operand(weight)
+    return product(x, weight) if rows is None else grouped_product(x, weight, rows)
+
+
+def _in_column_tiles(x: Tensor, scale_format: ScaleFormat, floor: float, where: tuple[Tensor, int] | None) -> Tensor:
+    values = round_values(_spread(x, where), COLUMN_TILE, scale_format=scale_format, amax_floor=floor)
+    return _as_operand(values if where is None else values.index_select(0, where[0]))
+
+
+def _as_operand(values: Tensor) -> Tensor:
+    """Return values in the type in which products run on them."""
+    return values.to(torch.float32 if values.device.type == "cpu" else torch.bfloat16)
+
+
+def _spread(x: Tensor, where: tuple[Tensor, int] | None) -> Tensor:
+    """Return rows with each expert's filled up to whole tiles."""
+    return x if where is None else x.new_zeros(where[1], x.shape[1]).index_copy_(0, where[0], x)
+
+
+def _expert_places(rows: list[int], device: torch.device) -> tuple[Tensor, int]:
+    """Return where each row goes if every expert's rows are filled up to whole tiles, and the rows then."""
+    numbers = torch.tensor(rows)
+    filled = (numbers + _ROWS - 1) // _ROWS * _ROWS
+    shift = filled.cumsum(0) - filled - (numbers.cumsum(0) - numbers)
+    place = torch.arange(int(numbers.sum())) + shift.repeat_interleave(numbers)
+    return place.to(device), int(filled.sum())
