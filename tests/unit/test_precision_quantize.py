@@ -23,8 +23,10 @@ from cofire.precision.quantize import (
     _quantize,
     quantize,
     quantize_and_round,
+    quantize_both,
     quantize_transposed,
     requantize,
+    requantize_transposed,
     round_values,
     scale_of,
 )
@@ -235,3 +237,10 @@ def test_the_transpose_is_quantised_as_the_column_tiles_are(shape, scale_format)
     assert found.data.is_contiguous()
     assert torch.equal(found.data.view(torch.uint8), expected.data.mT.view(torch.uint8))
     assert torch.equal(found.scale.float(), expected.scale.mT.float())
+    by_row, turned = quantize_both(x, scale_format=scale_format)
+    assert torch.equal(by_row.data.view(torch.uint8), quantize(x, scale_format=scale_format).data.view(torch.uint8))
+    assert torch.equal(turned.data.view(torch.uint8), found.data.view(torch.uint8))
+    again = requantize_transposed(by_row, "ue8m0")
+    expected = quantize(by_row.dequantize(), COLUMN_TILE, scale_format="ue8m0")
+    assert torch.equal(again.data.view(torch.uint8), expected.data.mT.view(torch.uint8))
+    assert again.scale_format == "ue8m0"

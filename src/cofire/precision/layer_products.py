@@ -25,7 +25,9 @@ from cofire.precision.quantize import (
     TileShape,
     quantize,
     quantize_and_round,
+    quantize_both,
     quantize_transposed,
+    requantize_transposed,
     round_values,
 )
 from cofire.precision.recipe import FP8Recipe
@@ -71,11 +73,26 @@ def fprop(x: Operand, weight: Operand, rows: list[int] | None, recipe: FP8Recipe
     return _multiplied(x.values, weight.values, rows).to(dtype)
 
 
-def dgrad(grad: Tensor, weight: Quantized, rows: list[int] | None, recipe: FP8Recipe, dtype: torch.dtype) -> Tensor:
+class Gradient(NamedTuple):
+    """An output's gradient [M, O], and what Dgrad and Wgrad take of it where one pass makes both."""
+
+    exact: Tensor
+    by_row: Quantized | None = None
+    by_column: Quantized | None = None
+
+
+def gradient(grad: Tensor, rows: list[int] | None, recipe: FP8Recipe) -> Gradient:
+    """Return an output's gradient for :func:`dgrad` and :func:`wgrad`, both of which will be called."""
+    if recipe.backend is None or rows is not None or recipe.gradient_tile != TILE:
+        return Gradient(grad)
+    return Gradient(grad, *quantize_both(grad, scale_format=recipe.gradient_scale, amax_floor=GRADIENT_FLOOR))
+
+
+def dgrad(grad: Gradient, weight: Quantized, rows: list[int] | None, recipe: FP8Recipe, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ weight`` with the gradient in the recipe's tiles.
 
     Args:
-        grad: [M, O], of the output.
+        grad: Of the output.
         weight: [O, I], or [E, O, I], in ``BLOCK``.
         rows: As for :func:`fprop`.
         recipe: How.
@@ -86,43 +103,56 @@ def dgrad(grad: Tensor, weight: Quantized, rows: list[int] | None, recipe: FP8Re
     """
     tile, scale_format = recipe.gradient_tile, recipe.gradient_scale
     if recipe.backend is None:
-        values = round_values(grad, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
-        recipe.see("gradient", grad, values)
+        values = round_values(grad.exact, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
+        recipe.see("gradient", grad.exact, values)
         return _multiplied(values, weight.dequantize().mT, rows).to(dtype)
-    q = quantize(grad, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
-    recipe.see("gradient", grad, q)
+    q = grad.by_row or quantize(grad.exact, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
+    recipe.see("gradient", grad.exact, q)
     return _scaled(_in_row_tiles(q), transpose(weight), rows, recipe, dtype)
 
 
-def wgrad(grad: Tensor, inputs: Tensor, scale_format: ScaleFormat, rows: list[int] | None, recipe: FP8Recipe) -> Tensor:
+def wgrad(
+    grad: Gradient,
+    inputs: Tensor | Quantized,
+    scale_format: ScaleFormat,
+    rows: list[int] | None,
+    recipe: FP8Recipe,
+) -> Tensor:
     """Return ``grad.T @ inputs`` with both in tiles of 128 x 1.
 
     Args:
-        grad: [M, O], of the output.
-        inputs: [M, I].
-        scale_format: Of the inputs.
+        grad: Of the output.
+        inputs: [M, I], or as they were kept, in ``TILE``.
+        scale_format: Of the inputs in their new tiles.
         rows: As for :func:`fprop`.
         recipe: How.
 
     Returns:
         [O, I], or [E, O, I]; FP32.
     """
-    where = None if rows is None else _expert_places(rows, grad.device)
-    operands: tuple[tuple[Tensor, ScaleFormat, float], ...] = (
-        (grad, recipe.gradient_scale, GRADIENT_FLOOR),
-        (inputs, scale_format, AMAX_FLOOR),
-    )
+    where = None if rows is None else _expert_places(rows, grad.exact.device)
     if recipe.backend is None:
-        by_column, columns = (_in_column_tiles(*each, where) for each in operands)
+        values = inputs if isinstance(inputs, Tensor) else inputs.dequantize()
+        by_column = _in_column_tiles(grad.exact, recipe.gradient_scale, GRADIENT_FLOOR, where)
+        columns = _in_column_tiles(values, scale_format, AMAX_FLOOR, where)
         if rows is None:
             return weight_gradient(by_column, columns).float()
         return grouped_weight_gradient(by_column, columns, rows).float()
-    left, right = (
-        quantize_transposed(_spread(x, where), scale_format=format, amax_floor=floor) for x, format, floor in operands
-    )
+    left = grad.by_column or _turned(grad.exact, recipe.gradient_scale, GRADIENT_FLOOR, where)
+    right = _turned(inputs, scale_format, AMAX_FLOOR, where)
     if rows is None:
         return scaled_gemm(left, right, recipe.backend)
-    return grouped_wgrad(left, right, torch.tensor(rows, device=grad.device), recipe.backend)
+    return grouped_wgrad(left, right, torch.tensor(rows, device=grad.exact.device), recipe.backend)
+
+
+def _turned(
+    x: Tensor | Quantized, scale_format: ScaleFormat, floor: float, where: tuple[Tensor, int] | None
+) -> Quantized:
+    """Return the transpose in tiles of 1 x 128, each expert's columns filled up to whole tiles."""
+    if isinstance(x, Quantized) and where is None:
+        return requantize_transposed(x, scale_format, floor)
+    values = x if isinstance(x, Tensor) else x.dequantize()
+    return quantize_transposed(_spread(values, where), scale_format=scale_format, amax_floor=floor)
 
 
 def _scaled(x: Quantized, weight: Quantized, rows: list[int] | None, recipe: FP8Recipe, dtype: torch.dtype) -> Tensor:

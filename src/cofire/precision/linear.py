@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from cofire.errors import PrecisionError
 from cofire.precision.codec import E5M6Codec
-from cofire.precision.layer_products import Operand, dgrad, fprop, operand, wgrad
+from cofire.precision.layer_products import Gradient, Operand, dgrad, fprop, gradient, operand, wgrad
 from cofire.precision.quantize import BLOCK, TILE, Quantized, quantize
 from cofire.precision.recipe import FP8Recipe
 
@@ -171,13 +171,14 @@ class _FP8Linear(torch.autograd.Function):
         weight, scale, *kept = ctx.saved_tensors
         recipe: FP8Recipe = ctx.recipe
         grad_x = grad_weight = None
+        grad = _gradient(ctx, grads[0])
         if ctx.needs_input_grad[0]:
-            grad_x = dgrad(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe, ctx.dtype)
+            grad_x = dgrad(grad, Quantized(weight, scale, BLOCK), ctx.counts, recipe, ctx.dtype)
         if ctx.needs_input_grad[1]:
             in_e5m6 = recipe.kept == "e5m6"
-            inputs = _E5M6.decode(kept[0], ctx.shape[1]) if in_e5m6 else Quantized(kept[0], kept[1], TILE).dequantize()
+            inputs = _E5M6.decode(kept[0], ctx.shape[1]) if in_e5m6 else Quantized(kept[0], kept[1], TILE)
             scale_format = "ue8m0" if in_e5m6 else recipe.input_scale
-            grad_weight = wgrad(grads[0], inputs, scale_format, ctx.counts, recipe)
+            grad_weight = wgrad(grad, inputs, scale_format, ctx.counts, recipe)
         return grad_x, grad_weight, None, None, None
 
 
@@ -205,11 +206,12 @@ class _FP8SwiGLULinear(torch.autograd.Function):
         recipe: FP8Recipe = ctx.recipe
         gate_up = Quantized(data, data_scale, TILE).dequantize().view(ctx.shape)
         grad_gate_up = grad_weight = None
+        grad = _gradient(ctx, grads[0])
         if ctx.needs_input_grad[0]:
-            grad_hidden = dgrad(grads[0], Quantized(weight, scale, BLOCK), ctx.counts, recipe, torch.float32)
+            grad_hidden = dgrad(grad, Quantized(weight, scale, BLOCK), ctx.counts, recipe, torch.float32)
             grad_gate_up = swiglu_gradient(gate_up, grad_hidden).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = wgrad(grads[0], swiglu(gate_up), recipe.input_scale, ctx.counts, recipe)
+            grad_weight = wgrad(grad, swiglu(gate_up), recipe.input_scale, ctx.counts, recipe)
         return grad_gate_up, grad_weight, None, None, None
 
 
@@ -219,6 +221,12 @@ def _keep(ctx: Any, weight: Tensor, kept: tuple[Tensor, ...], recipe: FP8Recipe)
     ctx.save_for_backward(weights.quantized.data, weights.quantized.scale, *kept)
     ctx.recipe = recipe
     return weights
+
+
+def _gradient(ctx: Any, grad: Tensor) -> Gradient:
+    """Return the output's gradient for those of Dgrad and Wgrad that are asked for."""
+    wants_both = all(ctx.needs_input_grad[:2])
+    return gradient(grad, ctx.counts, ctx.recipe) if wants_both else Gradient(grad)
 
 
 def _halves(gate_up: Tensor) -> Tensor:

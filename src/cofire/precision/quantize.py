@@ -192,6 +192,45 @@ def quantize_transposed(
     return quantize(x.mT, TILE, dtype, scale_format, amax_floor)
 
 
+def quantize_both(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: ScaleFormat = "fp32",
+    amax_floor: float = AMAX_FLOOR,
+) -> tuple[Quantized, Quantized]:
+    """Return ``quantize(x, TILE)`` and ``quantize_transposed(x)``, what Dgrad and Wgrad take of a gradient.
+
+    Reads memory once where there is a kernel for that. Arguments and errors are those of :func:`quantize_transposed`.
+    """
+    x = _checked(x, dtype, scale_format)
+    gpu = _gpu_kernels(x)
+    if gpu is not None and gpu.takes(TILE, dtype, amax_floor):
+        return gpu.quantize_both(x.contiguous(), dtype, scale_format, amax_floor)
+    return quantize(x, TILE, dtype, scale_format, amax_floor), quantize_transposed(x, dtype, scale_format, amax_floor)
+
+
+def requantize_transposed(
+    q: Quantized, scale_format: ScaleFormat | None = None, amax_floor: float = AMAX_FLOOR
+) -> Quantized:
+    """Return ``quantize_transposed`` of the values of ``q``; rounds once more.
+
+    What Wgrad takes of an input that was kept in FP8, in one pass where there is a kernel for that.
+
+    Args:
+        q: [..., R, C] in ``TILE``.
+        scale_format: None: its own.
+        amax_floor: As for :func:`quantize`.
+
+    Returns:
+        Data [..., C, R] and scales [..., C, ceil(R / 128)].
+    """
+    gpu = _gpu_kernels(q.data)
+    dense = q.data.is_contiguous() and q.scale.is_contiguous()
+    if dense and q.tile == TILE and gpu is not None and gpu.takes(TILE, q.data.dtype, amax_floor):
+        return gpu.requantize_transposed(q, scale_format, amax_floor)
+    return quantize_transposed(q.dequantize(), q.data.dtype, scale_format or q.scale_format, amax_floor)
+
+
 def _quantize_elsewhere(
     x: Tensor, tile: TileShape, dtype: torch.dtype, scale_format: ScaleFormat, amax_floor: float
 ) -> Quantized:
@@ -227,7 +266,8 @@ def scale_of(amax: Tensor, largest: float, scale_format: ScaleFormat, amax_floor
     least = amax.clamp(min=amax_floor)
     if scale_format == "ue8m0":
         return ue8m0_scale(least, largest).to(torch.float8_e8m0fnu)
-    return torch.where(amax.isfinite(), least / largest, torch.nan)
+    # By a tensor: CUDA divides by a number of Python with its rounded reciprocal.
+    return torch.where(amax.isfinite(), least / torch.full_like(least, largest), torch.nan)
 
 
 def requantize(
