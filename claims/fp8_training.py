@@ -92,17 +92,21 @@ def all_runs(options: argparse.Namespace) -> list[ArmRun]:
     ]
 
 
-def measure(run: ArmRun) -> Measured:
-    """Read what a finished run ended with."""
+def measure(run: ArmRun, at: int) -> Measured:
+    """Read what a run had come to after ``at`` steps."""
+    from cofire.errors import TrainError
     from cofire.train.run_record import number, read_run
 
     record = read_run(run.folder)
+    validated = [number(event, "loss") for event in record.validations if event["step"] <= at]
+    if record.last_step < at or not validated or validated[-1] is None:
+        raise TrainError(f"{run.folder} has no {at} steps and a validation; take another --at")
     speeds = [speed for speed in (number(event, "tokens_per_s") for event in record.steps) if speed]
     return Measured(
         arm=run.arm,
         seed=run.seed,
-        training_loss=statistics.fmean(training_losses(record)[-RECENT_STEPS:]),
-        validation_loss=arms.last_loss(record),
+        training_loss=statistics.fmean(training_losses(record)[:at][-RECENT_STEPS:]),
+        validation_loss=validated[-1],
         tokens_per_s=statistics.median(speeds),
     )
 
@@ -159,7 +163,7 @@ def verdict(results: list[Measured], baseline: str) -> str:
     return "\n".join(sentences)
 
 
-def plot(runs: list[ArmRun], baseline: str):
+def plot(runs: list[ArmRun], baseline: str, at: int):
     """Draw the training loss of every run, and each arm's gap to the baseline over steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -169,8 +173,8 @@ def plot(runs: list[ArmRun], baseline: str):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     loss, gap = figure.subplots(1, 2)
-    curves = {(run.arm, run.seed): training_losses(read_run(run.folder)) for run in runs}
-    window = max(1, min(50, runs[0].spec.steps // 10))
+    curves = {(run.arm, run.seed): training_losses(read_run(run.folder))[:at] for run in runs}
+    window = max(1, min(50, at // 10))
     for (arm, seed), values in curves.items():
         smooth = arms.running_mean(values, window)
         steps = range(1, len(values) + 1)
@@ -190,13 +194,14 @@ def plot(runs: list[ArmRun], baseline: str):
 
 def write_results(options: argparse.Namespace, runs: list[ArmRun]) -> str:
     """Write results.json, results.md and results.png, and return the Markdown."""
-    results, run, baseline = [measure(run) for run in runs], runs[0].spec, options.arms[0]
-    recent = min(RECENT_STEPS, run.steps)
+    at, baseline, run = options.at or options.steps, options.arms[0], runs[0].spec
+    results, recent = [measure(run, at) for run in runs], min(RECENT_STEPS, at)
+    after = "" if at == run.steps else f", compared after {at}"
     command = f"python claims/fp8_training.py {' '.join(options.words)}".strip()
     markdown = "\n".join([
         "# FP8 against BF16 and FP32",
         "",
-        f"*Measured.* `{run.model.name}`, {run.steps} steps of {run.tokens_per_step:,} tokens "
+        f"*Measured.* `{run.model.name}`, {run.steps} steps{after}, of {run.tokens_per_step:,} tokens "
         f"({run.steps * run.tokens_per_step:,} tokens), seeds {', '.join(map(str, options.seeds))}; mean +- standard "
         f"deviation over seeds. Training loss: mean of the last {recent} steps; gaps are of runs of the same seed.",
         "",
@@ -204,7 +209,7 @@ def write_results(options: argparse.Namespace, runs: list[ArmRun]) -> str:
         "",
         verdict(results, baseline),
         "",
-        f"Command: `{command}`. Machine: {arms.machine()}; {options.jobs} run(s) at a time.",
+        f"Command: `{command}`. Machine: {arms.machine(runs[0])}; {options.jobs} run(s) at a time.",
         "",
         "![Training loss, and gap to the baseline](results.png)",
         "",
@@ -213,13 +218,14 @@ def write_results(options: argparse.Namespace, runs: list[ArmRun]) -> str:
         "claim": "fp8_training",
         "label": "measured",
         "command": command,
-        "machine": arms.machine(),
+        "machine": arms.machine(runs[0]),
         "steps": run.steps,
+        "compared_after": at,
         "tokens_per_step": run.tokens_per_step,
         "baseline": baseline,
         "runs": [asdict(result) for result in results],
     }
-    arms.write_files(options.out, value, markdown, plot(runs, baseline))
+    arms.write_files(options.out, value, markdown, plot(runs, baseline, at))
     return markdown
 
 
@@ -233,7 +239,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         help=f"of {', '.join(ARMS)}; the first is the baseline (default: bf16,fp32,fp8,fp8-blocks on a GPU, else "
         "fp32,fp8,fp8-blocks)",
     )
+    parser.add_argument("--at", type=int, help="train nothing; compare what there is after so many steps")
     options = arms.parse_options(parser, words)
+    if options.at is not None and not 1 <= options.at <= options.steps:
+        parser.error(f"--at {options.at} is not one of --steps {options.steps}")
     if options.arms is None:
         import torch
 
@@ -250,7 +259,8 @@ def main(words: list[str]) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         runs = all_runs(options)
-        arms.train_all(runs, options.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+        if options.at is None:
+            arms.train_all(runs, options.jobs, lambda line: print(line, file=sys.stderr, flush=True))
         print(write_results(options, runs))
     except CofireError as error:
         print(f"fp8_training: {error}", file=sys.stderr)

@@ -200,7 +200,7 @@ def write_results(options: argparse.Namespace, runs: list[ArmRun]) -> str:
         "The paper's figures (arXiv 2408.15664, table 2) are of a 1B model after 100B tokens. What can be compared is "
         "the order of the arms, not the values.",
         "",
-        f"Command: `{command}`. Machine: {arms.machine()}; {options.jobs} run(s) at a time.",
+        f"Command: `{command}`. Machine: {arms.machine(runs[0])}; {options.jobs} run(s) at a time.",
         "",
         "![MaxVio per step and validation loss](results.png)",
         "",
@@ -210,7 +210,7 @@ def write_results(options: argparse.Namespace, runs: list[ArmRun]) -> str:
         "claim": "loss_free_balancing",
         "label": "measured",
         "command": command,
-        "machine": arms.machine(),
+        "machine": arms.machine(runs[0]),
         "steps": run.steps,
         "tokens_per_step": run.tokens_per_step,
         "floor_validation_set": floors[0],

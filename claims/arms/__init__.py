@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -115,18 +114,15 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def machine() -> str:
-    """Return the processor's name, its cores, the GPU if there is one, and the version of torch."""
-    from importlib.metadata import version
+def machine(run: ArmRun) -> str:
+    """Return on what a run was trained: its GPU if it had one, processor, threads and version of torch."""
+    from cofire.train.run_record import read_run
 
-    import torch
-
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return f"{gpu}{name}, {os.cpu_count()} cores, torch {version('torch')}"
+    start = read_run(run.folder).start
+    about = start.get("machine") or {}
+    device = about.get("gpu", start.get("device"))
+    gpu = "" if device in ("cpu", None) else f"{device}, "
+    return f"{gpu}{about.get('processor')}, {about.get('threads')} thread(s) a run, torch {about.get('torch')}"
 
 
 def style(axes: Any) -> None:

@@ -214,7 +214,7 @@ class Trainer:
                 dtype=self.recipe,
                 products=self.products,
                 device=str(self.device),
-                machine=_machine(),
+                machine=_machine(self.device),
                 unigram_entropy_nats=self.data.unigram_entropy,
                 bytes_per_token=self.data.bytes_per_token,
                 train_tokens=self.data.train.num_tokens,
@@ -514,11 +514,12 @@ def _copy_weights(decoder: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in decoder.named_parameters()}
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine for the report."""
     import platform
 
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return gpu | {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
