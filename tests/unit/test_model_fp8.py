@@ -151,3 +151,12 @@ def test_a_recipe_of_ones_own_keeps_the_exceptions_of_the_report() -> None:
         assert layer.fp8 is not None
         up, down = layer.fp8
         assert (up.input_scale, down.input_scale, down.gradient_scale) == ("ue8m0", "fp32", "ue8m0")
+
+
+def test_experts_may_have_a_backend_of_their_own():
+    decoder = build(TINY, device=torch.device("cpu"), seed=0)
+    use_fp8(decoder, FP8Recipe(backend="reference"), expert_backend="cpu")
+    pairs = [module.fp8 for module in decoder.modules() if isinstance(module, MoELayer)]
+    assert pairs
+    assert {recipe.backend for pair in pairs if pair for recipe in pair} == {"cpu"}
+    assert {m.fp8.backend for m in decoder.modules() if isinstance(m, Linear) and m.fp8} == {"reference"}

@@ -17,11 +17,17 @@ from cofire.model.decoder import Decoder
 from cofire.model.linear import Linear
 from cofire.model.moe import LocalDispatcher, MoELayer
 from cofire.precision.codec import ExpertCodecs
+from cofire.precision.gemm import Backend
 from cofire.precision.health import Watch
 from cofire.precision.recipe import FP8Recipe
 
 
-def use_fp8(decoder: Decoder, recipe: FP8Recipe | None = None, watch: Watch | None = None) -> int:
+def use_fp8(
+    decoder: Decoder,
+    recipe: FP8Recipe | None = None,
+    watch: Watch | None = None,
+    expert_backend: Backend | None = None,
+) -> int:
     """Let a decoder compute in FP8 from now on; its weights stay as they are.
 
     Args:
@@ -29,6 +35,7 @@ def use_fp8(decoder: Decoder, recipe: FP8Recipe | None = None, watch: Watch | No
         recipe: Of all layers, but for the scales that are powers of two, and for what the layer after attention keeps;
             none: DeepSeek-V3's.
         watch: Sees the operands of all of these layers, each under its name.
+        expert_backend: What multiplies for routed experts; none: what does for all layers.
 
     Returns:
         How many weights are multiplied in FP8.
@@ -42,6 +49,7 @@ def use_fp8(decoder: Decoder, recipe: FP8Recipe | None = None, watch: Watch | No
             module.fp8 = replace(chosen, input_scale="ue8m0", kept="e5m6") if after_attention else chosen
             count += module.weight.numel()
         elif isinstance(module, MoELayer):
+            chosen = replace(chosen, backend=expert_backend or chosen.backend)
             up = replace(chosen, input_scale="ue8m0", layer=f"{name}.gate_up")
             module.fp8 = up, replace(chosen, gradient_scale="ue8m0", layer=f"{name}.down")
             count += module.gate_up.numel() + module.down.numel()

@@ -34,23 +34,28 @@ def set_formats(decoder: Decoder, spec: PrecisionSpec, recipe: str, watch: Watch
         watch: Sees the operands of FP8 products.
 
     Returns:
-        What multiplies: a backend of ``precision.gemm``, ``emulated``, or ``recipe`` where nothing is in FP8.
+        What multiplies: the backends of ``precision.gemm`` for linear layers and for experts, ``emulated``, or
+        ``recipe`` where nothing is in FP8.
     """
     if spec.combine != "exact":
         use_codecs(decoder, ExpertCodecs(None, _COMBINE[spec.combine], None))
     if recipe != "fp8":
         return recipe
-    backend = _backend(decoder.embedding.weight.device) if spec.products == "auto" else None
+    device = decoder.embedding.weight.device
     tile = BLOCK if spec.gradient_tile == "block" else TILE
-    use_fp8(decoder, FP8Recipe(gradient_tile=tile, backend=backend), watch)
-    return backend or "emulated"
+    backends = _backends(device) if spec.products == "auto" else None
+    if backends is None:
+        use_fp8(decoder, FP8Recipe(gradient_tile=tile), watch)
+        return "emulated"
+    use_fp8(decoder, FP8Recipe(gradient_tile=tile, backend=backends[0]), watch, backends[1])
+    return ", ".join(dict.fromkeys(backends))
 
 
-def _backend(device: torch.device) -> Backend | None:
-    """Return what multiplies FP8 operands on a GPU; None where nothing does."""
+def _backends(device: torch.device) -> tuple[Backend, Backend] | None:
+    """Return what multiplies FP8 operands on a GPU, for linear layers and for experts; None where nothing does."""
     if device.type != "cuda":
         return None
     try:
-        return fastest(device)
+        return fastest(device), fastest(device, experts=True)
     except PrecisionError:
         return None

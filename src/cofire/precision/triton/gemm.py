@@ -92,13 +92,15 @@ def choose(
         num_processors: Streaming multiprocessors of the device.
     """
     blocks, bands = -(-contraction // _TILE), -(-rows // 128) * (groups or 1)
+    rounds = bands * -(-columns // 128) / num_processors
+    overlaps = b_in_blocks and blocks >= _BLOCKS_TO_OVERLAP_MIN
     if rows <= 64:
         base = SHORT
-    elif bands * -(-columns // 128) < 2 * num_processors:
+    elif rounds < (1 if overlaps else 2):
         base = NARROW
     elif not b_in_blocks:
         base = LARGE
-    elif blocks < _BLOCKS_TO_OVERLAP_MIN:
+    elif not overlaps:
         base = SHORT
     else:
         # A tile's time grows with its columns; all processors wait for the last round of tiles.
