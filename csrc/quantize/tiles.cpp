@@ -37,7 +37,7 @@ Kernels find_kernels(bool plain) {
 // Starting a thread costs more than a small matrix does.
 template <typename Work>
 void over_panels(const TileGrid& grid, uint64_t panel_columns, uint32_t num_threads, const Work& work) {
-  constexpr uint64_t kLeast = 1 << 17, kTurns = 8;
+  constexpr uint64_t kLeast = 1 << 20, kTurns = 8;
   const uint64_t elements = grid.batches * grid.rows * grid.columns;
   if (!elements) return;
   const uint64_t panels = grid.batches * grid.row_tiles() * grid.panels_of_band(panel_columns);
