@@ -11,7 +11,7 @@ import torch
 from cofire.precision.health import Watch, summary, tensor_health
 from cofire.precision.quantize import TILE, round_values
 from cofire.spec import RunSpec, load_as
-from cofire.train import fit
+from cofire.train import fit, metrics
 
 
 def test_lost_and_broken_values_are_counted_as_a_loop_counts_them():
@@ -53,7 +53,7 @@ def test_a_watch_looks_only_while_it_is_active():
     assert watch.take() == []
 
 
-def test_a_run_in_fp8_logs_the_health_of_every_quantised_tensor(tmp_path):
+def test_a_run_in_fp8_logs_the_health_of_every_quantised_tensor(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for i in range(40):
         lines = (f"line {j} of file {i}: {i * j % 97}\n" for j in range(60))
@@ -73,6 +73,8 @@ def test_a_run_in_fp8_logs_the_health_of_every_quantised_tensor(tmp_path):
     }
     run = load_as(RunSpec, "tiny", [f"{path}={value}" for path, value in overrides.items()])
     fit(run, tmp_path / "run")
+    # What multiplies faster is measured; a resumed run must not ask again.
+    monkeypatch.setattr(metrics, "choose_recipe", lambda device: pytest.fail("asked again"))
     fit(run.model_copy(update={"steps": 6}), tmp_path / "run", resume=True)
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [event for event in events if event["event"] == "precision"]

@@ -1,8 +1,8 @@
 """Fprop, Dgrad and Wgrad of a linear layer, or of one per expert, on FP8 operands.
 
 With a recipe's ``backend`` the products are those of ``gemm.py``, as a GPU's tensor cores or their model compute them.
-Without one they run on dequantised operands, in FP32 on a CPU and in BF16 elsewhere: they have FP8's rounding of
-operands, not the narrow accumulators of a tensor core. Wgrad's tiles begin anew with each expert's rows.
+Without one they run on dequantised operands, in BF16 or, for a CPU's FP32 activations, in FP32: they have FP8's
+rounding of operands, not the narrow accumulators of a tensor core. Wgrad's tiles begin anew with each expert's rows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def fprop(x: Operand, weight: Operand, rows: list[int] | None, recipe: FP8Recipe
         return _scaled(x.quantized, weight.quantized, rows, recipe, dtype)
     assert x.values is not None
     assert weight.values is not None
-    return _multiplied(x.values, weight.values, rows).to(dtype)
+    return _multiplied(x.values, weight.values, rows, dtype).to(dtype)
 
 
 class Gradient(NamedTuple):
@@ -105,7 +105,7 @@ def dgrad(grad: Gradient, weight: Quantized, rows: list[int] | None, recipe: FP8
     if recipe.backend is None:
         values = round_values(grad.exact, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
         recipe.see("gradient", grad.exact, values)
-        return _multiplied(values, weight.dequantize().mT, rows).to(dtype)
+        return _multiplied(values, weight.dequantize().mT, rows, grad.exact.dtype).to(dtype)
     q = grad.by_row or quantize(grad.exact, tile, scale_format=scale_format, amax_floor=GRADIENT_FLOOR)
     recipe.see("gradient", grad.exact, q)
     return _scaled(_in_row_tiles(q), transpose(weight), rows, recipe, dtype)
@@ -133,8 +133,8 @@ def wgrad(
     where = None if rows is None else _expert_places(rows, grad.exact.device)
     if recipe.backend is None:
         values = inputs if isinstance(inputs, Tensor) else inputs.dequantize()
-        by_column = _in_column_tiles(grad.exact, recipe.gradient_scale, GRADIENT_FLOOR, where)
-        columns = _in_column_tiles(values, scale_format, AMAX_FLOOR, where)
+        by_column = _in_column_tiles(grad.exact, recipe.gradient_scale, GRADIENT_FLOOR, where, grad.exact.dtype)
+        columns = _in_column_tiles(values, scale_format, AMAX_FLOOR, where, grad.exact.dtype)
         if rows is None:
             return weight_gradient(by_column, columns).float()
         return grouped_weight_gradient(by_column, columns, rows).float()
@@ -172,19 +172,22 @@ def _in_row_tiles(q: Quantized) -> Quantized:
     return Quantized(q.data, scale.contiguous(), TILE)
 
 
-def _multiplied(x: Tensor, weight: Tensor, rows: list[int] | None) -> Tensor:
-    x, weight = _as_operand(x), _as_operand(weight)
+def _multiplied(x: Tensor, weight: Tensor, rows: list[int] | None, dtype: torch.dtype) -> Tensor:
+    x, weight = _as_operand(x, dtype), _as_operand(weight, dtype)
     return product(x, weight) if rows is None else grouped_product(x, weight, rows)
 
 
-def _in_column_tiles(x: Tensor, scale_format: ScaleFormat, floor: float, where: tuple[Tensor, int] | None) -> Tensor:
+def _in_column_tiles(
+    x: Tensor, scale_format: ScaleFormat, floor: float, where: tuple[Tensor, int] | None, dtype: torch.dtype
+) -> Tensor:
     values = round_values(_spread(x, where), COLUMN_TILE, scale_format=scale_format, amax_floor=floor)
-    return _as_operand(values if where is None else values.index_select(0, where[0]))
+    return _as_operand(values if where is None else values.index_select(0, where[0]), dtype)
 
 
-def _as_operand(values: Tensor) -> Tensor:
-    """Return values in the type in which products run on them."""
-    return values.to(torch.float32 if values.device.type == "cpu" else torch.bfloat16)
+def _as_operand(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in the type in which products run on them, beside activations or gradients of type ``dtype``."""
+    wide = values.device.type == "cpu" and dtype != torch.bfloat16
+    return values.to(torch.float32 if wide else torch.bfloat16)
 
 
 def _spread(x: Tensor, where: tuple[Tensor, int] | None) -> Tensor:

@@ -48,7 +48,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: FP8Recipe
         recipe: How.
 
     Returns:
-        [..., O] of the type of ``x``.
+        [..., O] of the type of ``x``, or of autocast where that is on.
 
     Raises:
         PrecisionError: Shapes, types or devices do not fit.
@@ -56,8 +56,10 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: FP8Recipe
     _check(x, weight, None, x.shape[-1:])
     if bias is not None and bias.shape != weight.shape[:1]:
         raise PrecisionError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; give [O] for [O, I]")
+    dtype = _result_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        y = _FP8Linear.apply(x.reshape(-1, x.shape[-1]), weight, None, recipe, torch.is_grad_enabled())
+        rows = x.reshape(-1, x.shape[-1])
+        y = _FP8Linear.apply(rows, weight, None, recipe, torch.is_grad_enabled(), dtype)
     assert isinstance(y, Tensor)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
@@ -75,14 +77,15 @@ def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, recipe: FP8Rec
         recipe: How.
 
     Returns:
-        [M, O] of the type of ``x``.
+        [M, O] of the type of ``x``, or of autocast where that is on.
 
     Raises:
         PrecisionError: Shapes, types, devices or counts do not fit.
     """
     rows = _check(x, weight, counts, x.shape[-1:])
+    dtype = _result_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        y = _FP8Linear.apply(x, weight, rows, recipe, torch.is_grad_enabled())
+        y = _FP8Linear.apply(x, weight, rows, recipe, torch.is_grad_enabled(), dtype)
     assert isinstance(y, Tensor)
     return y
 
@@ -98,15 +101,16 @@ def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, recipe: FP8Recipe) -> Ten
         recipe: Of the product.
 
     Returns:
-        [..., O] of the type of ``gate_up``.
+        [..., O] of the type of ``gate_up``, or of autocast where that is on.
 
     Raises:
         PrecisionError: Shapes, types or devices do not fit.
     """
     _check(gate_up, weight, None, _half(gate_up))
+    dtype = _result_dtype(gate_up)
     with torch.autocast(gate_up.device.type, enabled=False):
         rows = gate_up.reshape(-1, gate_up.shape[-1])
-        y = _FP8SwiGLULinear.apply(rows, weight, None, recipe, torch.is_grad_enabled())
+        y = _FP8SwiGLULinear.apply(rows, weight, None, recipe, torch.is_grad_enabled(), dtype)
     assert isinstance(y, Tensor)
     return y.view(*gate_up.shape[:-1], weight.shape[0])
 
@@ -121,14 +125,15 @@ def fp8_grouped_swiglu_linear(gate_up: Tensor, weight: Tensor, counts: Tensor, r
         recipe: Of the product.
 
     Returns:
-        [M, O] of the type of ``gate_up``.
+        [M, O] of the type of ``gate_up``, or of autocast where that is on.
 
     Raises:
         PrecisionError: Shapes, types, devices or counts do not fit.
     """
     rows = _check(gate_up, weight, counts, _half(gate_up))
+    dtype = _result_dtype(gate_up)
     with torch.autocast(gate_up.device.type, enabled=False):
-        y = _FP8SwiGLULinear.apply(gate_up, weight, rows, recipe, torch.is_grad_enabled())
+        y = _FP8SwiGLULinear.apply(gate_up, weight, rows, recipe, torch.is_grad_enabled(), dtype)
     assert isinstance(y, Tensor)
     return y
 
@@ -154,7 +159,13 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, counts: list[int] | None, recipe: FP8Recipe, keeps: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        counts: list[int] | None,
+        recipe: FP8Recipe,
+        keeps: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         inputs = operand(x, TILE, recipe.input_scale, recipe, "input")
         kept = ()
@@ -163,11 +174,11 @@ class _FP8Linear(torch.autograd.Function):
             kept = (_E5M6.encode(x),) if recipe.kept == "e5m6" else in_fp8
         weights = _keep(ctx, weight, kept, recipe)
         ctx.counts, ctx.dtype, ctx.shape = counts, x.dtype, x.shape
-        return fprop(inputs, weights, counts, recipe, x.dtype)
+        return fprop(inputs, weights, counts, recipe, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, scale, *kept = ctx.saved_tensors
         recipe: FP8Recipe = ctx.recipe
         grad_x = grad_weight = None
@@ -179,7 +190,7 @@ class _FP8Linear(torch.autograd.Function):
             inputs = _E5M6.decode(kept[0], ctx.shape[1]) if in_e5m6 else Quantized(kept[0], kept[1], TILE)
             scale_format = "ue8m0" if in_e5m6 else recipe.input_scale
             grad_weight = wgrad(grad, inputs, scale_format, ctx.counts, recipe)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _FP8SwiGLULinear(torch.autograd.Function):
@@ -187,7 +198,13 @@ class _FP8SwiGLULinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, weight: Tensor, counts: list[int] | None, recipe: FP8Recipe, keeps: bool
+        ctx: Any,
+        gate_up: Tensor,
+        weight: Tensor,
+        counts: list[int] | None,
+        recipe: FP8Recipe,
+        keeps: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         hidden = swiglu(gate_up.float())
         inputs = operand(hidden, TILE, recipe.input_scale, recipe, "input")
@@ -197,11 +214,11 @@ class _FP8SwiGLULinear(torch.autograd.Function):
             kept = (q.data, q.scale)
         weights = _keep(ctx, weight, kept, recipe)
         ctx.counts, ctx.dtype, ctx.shape = counts, gate_up.dtype, gate_up.shape
-        return fprop(inputs, weights, counts, recipe, gate_up.dtype)
+        return fprop(inputs, weights, counts, recipe, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, scale, data, data_scale = ctx.saved_tensors
         recipe: FP8Recipe = ctx.recipe
         gate_up = Quantized(data, data_scale, TILE).dequantize().view(ctx.shape)
@@ -212,7 +229,12 @@ class _FP8SwiGLULinear(torch.autograd.Function):
             grad_gate_up = swiglu_gradient(gate_up, grad_hidden).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = wgrad(grad, swiglu(gate_up), recipe.input_scale, ctx.counts, recipe)
-        return grad_gate_up, grad_weight, None, None, None
+        return grad_gate_up, grad_weight, None, None, None, None
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _keep(ctx: Any, weight: Tensor, kept: tuple[Tensor, ...], recipe: FP8Recipe) -> Operand:

@@ -13,7 +13,7 @@ class PrecisionSpec(Spec):
     ``recipe``: ``bf16`` is autocast to bfloat16 over FP32 master weights, ``fp32`` is plain FP32, and
     ``auto`` takes the one of these whose matrix products are measured to be faster on the device at hand.
     ``fp8`` multiplies in FP8 with scales of tiles and blocks, as DeepSeek-V3 (technical report, section 3.3); the
-    rest is BF16 on a GPU and FP32 on a CPU, where FP8 is emulated.
+    rest is what ``auto`` takes. A CPU emulates FP8.
     ``moments``: storage of AdamW's two moments; ``auto`` is bf16 with the recipe ``fp8`` (DeepSeek-V3 technical report,
     section 3.3.2), else fp32.
     ``gradient_tile``: of ``fp8``: what shares a scale in the gradient of a layer's output where it is multiplied by the

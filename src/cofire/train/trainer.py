@@ -142,8 +142,10 @@ class Trainer:
         recipe = saved.get("recipe") or run.precision.recipe
         self.recipe = metrics.choose_recipe(self.device) if recipe == "auto" else recipe
         # Beside FP8 products the model is in the type that the device is made for.
-        rest = ("bf16" if self.device.type == "cuda" else "fp32") if self.recipe == "fp8" else self.recipe
-        self.compute_dtype = _DTYPES[rest]
+        self.rest = self.recipe
+        if self.recipe == "fp8":
+            self.rest = saved.get("rest") or metrics.choose_recipe(self.device)
+        self.compute_dtype = _DTYPES[self.rest]
         self.peak_flops_per_s = metrics.measure_matrix_peak(self.device, self.compute_dtype)
         torch.manual_seed(run.seed)
         random.seed(run.seed)
@@ -213,6 +215,7 @@ class Trainer:
                 matrix_peak_flops_per_s=self.peak_flops_per_s,
                 dtype=self.recipe,
                 products=self.products,
+                rest=self.rest,
                 device=str(self.device),
                 machine=_machine(self.device),
                 unigram_entropy_nats=self.data.unigram_entropy,
@@ -419,6 +422,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "recipe": self.recipe,
+            "rest": self.rest,
             "loader": self.loader.state_dict(),
             "python_rng": random.getstate(),
             "last_validation": self.last_validation,
