@@ -33,7 +33,7 @@ fast: setup
 	$(BIN)/python -m pytest tests -m "not slow" -n 2
 
 test: lint
-	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest tests -n 2 --durations 25
 
 demo: setup
 	$(BIN)/cofire train demo --out $(DEMO_RUN) --resume --set steps=$(DEMO_STEPS)

@@ -43,7 +43,15 @@ VERBS = {"build", "dump", "estimate", "fit", "load"}
 RESULTS = {"Plan", "RunResult"}
 PUBLIC = {"__version__"} | SPECS | ERRORS | VERBS | RESULTS
 
-PACKAGES = ["cofire.spec", "cofire.network", "cofire.plan", "cofire.model", "cofire.train", "cofire.serve"]
+PACKAGES = [
+    "cofire.spec",
+    "cofire.network",
+    "cofire.plan",
+    "cofire.model",
+    "cofire.train",
+    "cofire.serve",
+    "cofire.search",
+]
 
 
 def python(code: str) -> str:

@@ -1,0 +1,21 @@
+"""Lowers an operator to code that runs: an oracle in loops, a gather that is always right, and a fast plan of views."""
+
+from cofire.search.lowering.gather import GatherKernel
+from cofire.search.lowering.loop_nest import loop_nest, loop_nest_gradients
+from cofire.search.lowering.module import LoweredOperator, initial_deviations, lower
+from cofire.search.lowering.optimised import OptimisedKernel
+from cofire.search.lowering.planner import Plan, plan
+from cofire.search.lowering.source import write_source
+
+__all__ = [
+    "GatherKernel",
+    "LoweredOperator",
+    "OptimisedKernel",
+    "Plan",
+    "initial_deviations",
+    "loop_nest",
+    "loop_nest_gradients",
+    "lower",
+    "plan",
+    "write_source",
+]
