@@ -19,6 +19,7 @@ _HOMES = {
     "MTPSpec": "cofire.spec",
     "MoESpec": "cofire.spec",
     "ModelSpec": "cofire.spec",
+    "OperatorSpec": "cofire.spec",
     "ParallelSpec": "cofire.spec",
     "PrecisionSpec": "cofire.spec",
     "RunSpec": "cofire.spec",

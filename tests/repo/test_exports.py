@@ -23,6 +23,7 @@ SPECS = {
     "MTPSpec",
     "MoESpec",
     "ModelSpec",
+    "OperatorSpec",
     "ParallelSpec",
     "PrecisionSpec",
     "RunSpec",

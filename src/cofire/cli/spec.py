@@ -125,7 +125,9 @@ def compare(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="model, cluster, run or workload.", autocompletion=complete_kind)],
+    kind: Annotated[
+        str, typer.Argument(help="model, cluster, run, workload or operator.", autocompletion=complete_kind)
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Print the JSON schema of a kind of spec, for an editor or another program (always JSON)."""

@@ -1,4 +1,4 @@
-"""The vocabulary: frozen, self-validating values that say what a model, a cluster and a run are."""
+"""The vocabulary: frozen, self-validating values that say what a model, a cluster, a run and an operator are."""
 
 from cofire.spec.figure import Figure
 from cofire.spec.hardware import (
@@ -21,6 +21,7 @@ from cofire.spec.model import (
     RopeSpec,
     YarnSpec,
 )
+from cofire.spec.operator import OperatorSpec, PrimitiveSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.precision import PrecisionSpec
 from cofire.spec.run import CheckpointSpec, DataSpec, OptimizerSpec, RunSpec, ScheduleSpec
@@ -43,10 +44,12 @@ __all__ = [
     "MoESpec",
     "ModelSpec",
     "NetworkSpec",
+    "OperatorSpec",
     "OptimizerSpec",
     "ParallelSpec",
     "PipelineSpec",
     "PrecisionSpec",
+    "PrimitiveSpec",
     "RopeSpec",
     "RunSpec",
     "ScaleUpSpec",

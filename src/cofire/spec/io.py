@@ -27,6 +27,7 @@ from cofire.errors import SpecError
 from cofire.spec.hardware import ClusterSpec
 from cofire.spec.messages import describe, nearest
 from cofire.spec.model import ModelSpec
+from cofire.spec.operator import OperatorSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.run import RunSpec
 from cofire.spec.spec_type import Spec
@@ -38,6 +39,7 @@ KINDS: dict[str, type[Spec]] = {
     "parallel": ParallelSpec,
     "run": RunSpec,
     "workload": WorkloadSpec,
+    "operator": OperatorSpec,
 }
 
 # The name of the one cluster that is no preset: it is measured where it is used.
