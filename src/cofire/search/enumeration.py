@@ -22,6 +22,7 @@ from itertools import product as cartesian
 
 from cofire.search.canonical import broken_rule
 from cofire.search.distance import INFINITE, Budget, Current, shape_distance
+from cofire.search.fingerprint import distinct as distinct_groups
 from cofire.search.graph import Operator
 from cofire.search.interface import Contraction, Interface, Step, may_be_outer
 from cofire.search.primitives import Dim, MergeMajor, MergeMinor, Reduction, Share, Shift, Split, Stride, Unfold
@@ -305,13 +306,20 @@ def _assignments(dims: tuple[Dim, ...], desired: tuple[Size, ...]) -> Generator[
                 yield (dim, *tail)
 
 
-def enumerate_operators(space: Space, depth: int, guidance: Guidance = "exact") -> list[Operator]:
-    """Return every distinct operator of a space of at most ``depth`` steps, sorted by digest.
+def enumerate_operators(
+    space: Space, depth: int, guidance: Guidance = "exact", *, distinct: bool = False
+) -> list[Operator]:
+    """Return every canonical operator of a space of at most ``depth`` steps, sorted by digest.
 
     Args:
         space: The search space.
         depth: Most steps.
         guidance: How steps are pruned; see the module.
+        distinct: Keep the first of each group of :func:`cofire.search.fingerprint.distinct` alone, so that no two
+            compute the same function up to a re-indexing of their weights.
+
+    Raises:
+        SearchError: ``distinct``, and an operator has too many points at probe sizes.
     """
     synthesis = Synthesis(space, depth, guidance)
     found: dict[int, Operator] = {}
@@ -324,4 +332,5 @@ def enumerate_operators(space: Space, depth: int, guidance: Guidance = "exact") 
         seen.add(state.digest)
         found.update((operator.digest, operator) for operator in synthesis.finish(state))
         frontier.extend(synthesis.steps(state))
-    return [found[digest] for digest in sorted(found)]
+    operators = [found[digest] for digest in sorted(found)]
+    return [group[0] for group in distinct_groups(operators)] if distinct else operators
