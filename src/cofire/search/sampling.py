@@ -1,0 +1,501 @@
+"""Search by sampling: moves of a space tried one at a time, random completions, and what every searcher shares.
+
+A walk takes two choices a step, the kind of primitive and then its arguments (Syno, search algorithm). Validity is
+lazy: a child is picked first and the shape distance is asked for it alone, so that a walk asks about as often as it has
+steps and not for every child it might have had. An interface found to have no child that can end is remembered as dead.
+
+A searcher is a state machine: it proposes operators and learns their rewards, oldest first. All it does follows from
+its seed and these rewards, so its state is the list of events, and restoring replays them without asking for a reward.
+
+Left out: training and latency; a reward is any function of an operator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import pairwise
+from math import ceil, inf, isfinite
+from random import Random
+from typing import Any, ClassVar, Generic, TypeVar
+
+from cofire.errors import SearchError
+from cofire.search.enumeration import Synthesis
+from cofire.search.graph import Operator
+from cofire.search.interface import Contraction, Interface, Step, may_be_outer
+from cofire.search.primitives import Dim, MergeMajor, Reduction, Share, Shift, Split
+from cofire.search.sizes import Allowance
+from cofire.search.space import Guidance, Space
+
+FINISH = "finish"
+KINDS: tuple[Step, ...] = ("contract", "expand", "merge", "shift", "split", "stride", "unfold")
+Reward = Callable[[Operator], float]
+Event = float | str | None  # a reward, "failed", or none for a proposal
+
+_CACHED = 1 << 15  # interfaces whose moves are kept; a random walk passes the lower ones again and again
+_RECENT = 100  # completions that the success rate is taken over (Syno)
+_EARLY = 0.5  # how often a walk tries a reduction first while it may, and then a contraction until it has a weight
+_DIRECT = 0.7  # how often a step is sought that lowers the distance
+_DEFERRED = 12  # children that do not, before the first of them is taken after all
+_MOST_TRIALS = 64
+_BACKTRACKS = 40  # of one completion: dead ends lie within a few steps of the end, where all children are soon tried
+_VERSION = 1
+
+
+def step_key(before: Interface, after: Interface) -> str:
+    """Return a name of the step between two interfaces, equal wherever the same primitive is applied to the same dims.
+
+    Args:
+        before: The interface it was applied to.
+        after: What it led to.
+    """
+    put = [dim.digest for dim in after.dims if dim not in before.dims]
+    weight = after.weights[-1] if len(after.weights) > len(before.weights) else ()
+    expanded = [dim.digest for dim in after.expansions if dim not in before.expansions]
+    text = "|".join(",".join(f"{d:x}" for d in part) for part in (put, [dim.digest for dim in weight], expanded))
+    return blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A completed walk.
+
+    Attributes:
+        operator: Where it ended.
+        keys: Names of its steps, in order; the last is the end itself.
+    """
+
+    operator: Operator
+    keys: tuple[str, ...]
+
+
+class Moves(Synthesis):
+    """The moves of a space, by kind and unchecked, so that a sampler can test what it picks and nothing else."""
+
+    def __init__(self, space: Space, depth: int, guidance: Guidance = "exact") -> None:
+        super().__init__(space, depth, guidance)
+        self._children: dict[tuple[int, Step], tuple[Interface, ...]] = {}
+        self._ends: dict[int, tuple[Operator, ...]] = {}
+        self._kept: dict[int, bool] = {}
+        self._dead: set[int] = set()
+        self._recent: deque[bool] = deque(maxlen=_RECENT)
+
+    @property
+    def root(self) -> Interface:
+        """The output's iterators; reductions come as the first steps, in the order of their sizes."""
+        return Interface(tuple(sorted(self.space.free_iterators)), (), (), (), self.space.allowance)
+
+    def may_begin(self) -> bool:
+        """Whether some choice of reductions can end, fewest first."""
+        states = [self.root]
+        while states:
+            if any(self.may_end(state) for state in states):
+                return True
+            states = [after for state in states for after in self._reduces(state)]
+        return False
+
+    def _is_open(self, state: Interface) -> bool:
+        """Whether an interface may take another reduction: nothing else was done, and there is room for it."""
+        reductions = len(state.reductions)
+        return reductions == state.depth < self.depth and reductions < self.space.max_reductions
+
+    def _reduces(self, state: Interface) -> Generator[Interface, None, None]:
+        if not self._is_open(state):
+            return
+        least = self._domains.index(state.reductions[-1].size) if state.reductions else 0
+        for size in self._domains[least:]:
+            made = Reduction(size, len(state.reductions))
+            allowance, reductions = state.allowance.charge(size), (*state.reductions, made)
+            if allowance is not None and self._fits_reductions(dim.size for dim in reductions):
+                yield replace(state.step("reduce", (), (made,), allowance), reductions=reductions)
+
+    def _contractions(self, state: Interface, dims: list[Dim]) -> Generator[Interface, None, None]:
+        """Yield what the base class does, without looking into choices that begin with more than the allowance."""
+        if len(state.weights) + 1 >= self.space.max_tensors:
+            return
+        free = [dim for dim in dims if not dim.discards]
+        yield from self._contract(state, free, (), (), state.allowance)
+
+    def _contract(
+        self, state: Interface, free: list[Dim], inner: tuple[Dim, ...], outer: tuple[Dim, ...], left: Allowance
+    ) -> Generator[Interface, None, None]:
+        if free:
+            dim, rest = free[0], free[1:]
+            yield from self._contract(state, rest, inner, outer, left)
+            charged = left.charge(dim.size.primary_part)
+            if charged is not None:
+                yield from self._contract(state, rest, (*inner, dim), outer, charged)
+                if may_be_outer(dim, self.space.low_rank):
+                    yield from self._contract(state, rest, inner, (*outer, dim), charged)
+            return
+        weight = len(state.weights)
+        candidate = Contraction(weight, inner, outer)
+        if candidate.dims and self._admits(candidate, state):
+            shared, expanded = (tuple(Share(dim, weight) for dim in part) for part in (inner, outer))
+            yield state.step("contract", candidate.dims, shared, left, weight=candidate.dims, expanded=expanded)
+
+    def kinds(self, state: Interface) -> list[str]:
+        """Return the kinds of move that may exist; ``reduce`` last and ``finish`` first."""
+        kinds = [FINISH] if self.ends(state) else []
+        if not self._is_open(state):
+            return [*kinds, *KINDS] if state.depth < self.depth else kinds
+        return [*kinds, *KINDS, "reduce"] if self.may_end(state) else [*kinds, "reduce"]
+
+    def candidates(self, state: Interface, kind: Step) -> tuple[Interface, ...]:
+        """Return what the rules admit after one step of a kind, whether or not it can still end."""
+        key = (state.digest, kind)
+        if key not in self._children:
+            if len(self._children) >= _CACHED:
+                self._children.clear()
+            self._children[key] = tuple(self._generate(state, kind))
+        return self._children[key]
+
+    def _generate(self, state: Interface, kind: Step) -> Generator[Interface, None, None]:
+        if kind == "reduce":
+            return self._reduces(state)
+        makers = {
+            "contract": self._contractions,
+            "expand": self._expands,
+            "merge": self._merges,
+            "shift": self._shifts,
+            "split": self._splits,
+            "stride": self._strides,
+            "unfold": self._unfolds,
+        }
+        dims = [dim for dim in state.dims if dim.chain < self.space.max_chain]
+        if kind in ("expand", "merge", "shift", "stride"):
+            dims = [dim for dim in dims if state.is_latest(dim)]
+        return makers[kind](state, dims)
+
+    def ends(self, state: Interface) -> tuple[Operator, ...]:
+        """Return the operators that an interface is."""
+        if state.digest not in self._ends:
+            if len(self._ends) >= _CACHED:
+                self._ends.clear()
+            self._ends[state.digest] = tuple(self.finish(state))
+        return self._ends[state.digest]
+
+    def keeps(self, state: Interface) -> bool:
+        """Whether an interface may still end: by the guidance, and as far as walks have learnt."""
+        digest = state.digest
+        if digest in self._dead:
+            return False
+        if digest not in self._kept:
+            if len(self._kept) >= _CACHED:
+                self._kept.clear()
+            kept = self._may_weigh(state) and self.may_end(state)
+            self._kept[digest] = kept or any(self.keeps(after) for after in self.candidates(state, "reduce"))
+        return self._kept[digest]
+
+    def _may_weigh(self, state: Interface) -> bool:
+        """Whether the weight that an operator needs can still come; unguided, nothing is looked at.
+
+        Both its outer dim, an iterator or part of a Merge, and its inner one are there already and the allowance covers
+        both, or a Merge comes first: other views only make dims that cost more. That a Split is shifted, which alone
+        lets a Merge come above it, needs a minor side that rule V11 calls small.
+        """
+        left = self.depth - state.depth
+        if self.guidance == "none" or state.weights or not self.space.needs_weight:
+            return True
+        if left < 1 or self.space.max_tensors < 2:
+            return False
+        if not self.space.needs_matmul:
+            return True
+        dims = [dim for dim in state.dims if dim.chain < self.space.max_chain and not dim.discards]
+        allowance = state.allowance
+        for outer in dims:
+            after = allowance.charge(outer.size.primary_part) if may_be_outer(outer, self.space.low_rank) else None
+            if after and any(d is not outer and after.charge(d.size.primary_part) for d in dims):
+                return True
+        if left < 2 or not self._left(self.space.max_merges, state, "merge"):
+            return False
+        if left > 3 and any(dim.size.largest <= self.space.max_reshape_over_shift for dim in dims):
+            return True
+        cut = [dim for dim in dims if self._may_be_cut(dim, state, left)]
+        return any(
+            allowance.charge_merge(dim.size, block) is not None for dim in cut for block in self._divisors_of(dim.size)
+        )
+
+    def _may_be_cut(self, dim: Dim, state: Interface, left: int) -> bool:
+        """Whether a Merge may come above a dim, directly or in two steps above what rules R1, R4, V2 and V8 let."""
+        if isinstance(dim, (Reduction, Share)):
+            return False
+        if left == 2:
+            return not isinstance(dim, (Split, MergeMajor))
+        return not isinstance(dim, Split) or self._admits(Shift(dim, 1), state)
+
+    def bury(self, state: Interface) -> None:
+        """Remember that an interface has no child that can end."""
+        self._dead.add(state.digest)
+
+    def walk(self, state: Interface, random: Random, backtracks: int = 0) -> Walk | None:
+        """Complete an interface at random, or return none where that fails.
+
+        Guided, a walk mostly seeks a step that lowers the distance, and takes reductions and the first weight early;
+        nothing that can end is out of its reach.
+
+        Args:
+            state: Where to start.
+            random: The source of all choices.
+            backtracks: How many dead ends are left by the step that led there; the next one ends the walk.
+        """
+        passed = [state]
+        while passed:
+            after = self._pick(passed[-1], random)
+            if isinstance(after, Operator):
+                keys = [step_key(before, then) for before, then in pairwise(passed)]
+                return Walk(after, (*keys, f"{after.digest:x}"))
+            if after is not None:
+                passed.append(after)
+                continue
+            if backtracks <= 0:
+                return None
+            backtracks -= 1
+            passed.pop()
+        return None
+
+    def _pick(self, state: Interface, random: Random) -> Interface | Operator | None:
+        kinds = self.kinds(state)
+        random.shuffle(kinds)
+        early = "reduce" if "reduce" in kinds else "contract"
+        if early in kinds and not state.weights and random.random() < _EARLY:
+            kinds.remove(early)
+            kinds.insert(0, early)
+        aim = self.distance(state) if self.guidance != "none" and random.random() < _DIRECT else 0
+        deferred: list[Interface] = []
+        for kind in kinds:
+            if kind == FINISH:
+                return random.choice(self.ends(state))
+            children = list(self.candidates(state, kind))
+            while children:
+                k = random.randrange(len(children))
+                children[k], children[-1] = children[-1], children[k]
+                child = children.pop()
+                if not self.keeps(child):
+                    continue
+                if not 0 < aim <= self.distance(child):
+                    return child
+                deferred.append(child)
+                if len(deferred) == _DEFERRED:
+                    return deferred[0]
+        if not deferred:
+            self.bury(state)
+        return deferred[0] if deferred else None
+
+    def complete(self, state: Interface, random: Random) -> Walk | None:
+        """Walk until one walk ends, as often as recent success makes it likely (Syno, adaptive rollouts), or give up.
+
+        Args:
+            state: Where to start.
+            random: The source of all choices.
+        """
+        successes = sum(self._recent)
+        trials = min(_MOST_TRIALS, ceil((len(self._recent) + 1) / (successes + 1)) + 1)
+        for _ in range(trials):
+            found = self.walk(state, random, _BACKTRACKS)
+            self._recent.append(found is not None)
+            if found is not None:
+                return found
+            if not self.keeps(state):
+                return None
+        return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """One evaluated operator.
+
+    Attributes:
+        operator: The operator.
+        reward: Its reward.
+        evaluation: Which evaluation of the search it was, from 0.
+    """
+
+    operator: Operator
+    reward: float
+    evaluation: int
+
+
+Trace = TypeVar("Trace")
+
+
+class Searcher(ABC, Generic[Trace]):
+    """Proposes operators of a space and learns from their rewards; no operator is evaluated twice.
+
+    Attributes:
+        space: The search space.
+        depth: Most steps of an operator.
+        reward: What an operator is worth; higher is better, and a number that is not finite is a failed operator.
+        seed: Where all random choices come from.
+        moves: The moves of the space.
+        patience: How many known operators in a row are met before the space counts as spent.
+    """
+
+    patience: ClassVar[int] = 1000
+
+    def __init__(self, space: Space, depth: int, reward: Reward, seed: int = 0) -> None:
+        """Start a search.
+
+        Args:
+            space: The search space.
+            depth: Most steps of an operator.
+            reward: What an operator is worth.
+            seed: Where all random choices come from.
+
+        Raises:
+            SearchError: No interface of the space can end within ``depth`` steps.
+        """
+        self.space, self.depth, self.reward, self.seed = space, depth, reward, seed
+        self._begin()
+
+    def _begin(self) -> None:
+        self.moves = Moves(self.space, self.depth)
+        self.random = Random(self.seed)
+        self._events: list[Event] = []
+        self._known: dict[int, float | None] = {}  # rewards by digest; none: in flight or failed
+        self._flying: deque[tuple[Operator, Trace]] = deque()
+        self._learnt = 0
+        self.lowest, self.highest = inf, -inf
+        if not self.moves.may_begin():
+            raise SearchError(f"no choice of reductions can reach the input in {self.depth} steps; raise depth")
+
+    @abstractmethod
+    def _sample(self) -> tuple[Operator, Trace] | None:
+        """Return one operator, perhaps a known one, and what learning its reward needs; none: the space is spent."""
+
+    @abstractmethod
+    def _learn(self, trace: Trace, reward: float | None) -> None:
+        """Take in the reward of a sample; none: it failed, or is in flight already."""
+
+    @property
+    def in_flight(self) -> tuple[Operator, ...]:
+        """Operators proposed and not yet learnt, oldest first."""
+        return tuple(operator for operator, _ in self._flying)
+
+    def propose(self) -> Operator | None:
+        """Return an operator that was not proposed before, or none where the searcher finds no other.
+
+        Known operators met on the way are learnt again, which costs no evaluation.
+        """
+        self._events.append(None)
+        idle = 0
+        while idle < self.patience:
+            sample = self._sample()
+            if sample is None:
+                break
+            operator, trace = sample
+            if operator.digest not in self._known:
+                self._known[operator.digest] = None
+                self._flying.append((operator, trace))
+                return operator
+            self._learn(trace, self._known[operator.digest])
+            idle += 1
+        return None
+
+    def learn(self, reward: float) -> Found | None:
+        """Take in the reward of the oldest proposal in flight; return none where the operator failed.
+
+        Args:
+            reward: Its reward; a number that is not finite is a failure.
+
+        Raises:
+            SearchError: No proposal is in flight.
+        """
+        if not self._flying:
+            raise SearchError(f"reward {reward} belongs to no proposal; call propose() first")
+        operator, trace = self._flying.popleft()
+        evaluation, self._learnt = self._learnt, self._learnt + 1
+        if not isfinite(reward):
+            self._events.append("failed")
+            self._learn(trace, None)
+            return None
+        reward = float(reward)
+        self._events.append(reward)
+        self.lowest, self.highest = min(self.lowest, reward), max(self.highest, reward)
+        self._known[operator.digest] = reward
+        self._learn(trace, reward)
+        return Found(operator, reward, evaluation)
+
+    def step(self) -> Found | None:
+        """Evaluate one new operator; none: it failed, or the searcher finds no other."""
+        if not self._flying and self.propose() is None:
+            return None
+        return self.learn(self.reward(self._flying[0][0]))
+
+    def run(self, budget: int, executor: Executor | None = None, in_flight: int = 1) -> Generator[Found, None, None]:
+        """Yield evaluated operators until ``budget`` evaluations were made or the searcher finds no other.
+
+        Results are learnt in the order of proposals, so that the outcome depends on ``in_flight`` but not on timing.
+
+        Args:
+            budget: Evaluations; failed ones count.
+            executor: Where rewards are computed; none: here, one after another.
+            in_flight: Operators evaluated at the same time.
+
+        Raises:
+            SearchError: ``in_flight`` is below 1, or above 1 without an executor.
+        """
+        if in_flight < 1 or (in_flight > 1 and executor is None):
+            raise SearchError(f"in_flight = {in_flight} needs an executor and at least 1; pass both")
+        last = self._learnt + budget
+        futures: deque[Future[float]] = deque()
+        if executor is not None:
+            futures.extend(executor.submit(self.reward, operator) for operator in self.in_flight)
+        while self._learnt < last:
+            while len(self._flying) < min(in_flight, last - self._learnt):
+                operator = self.propose()
+                if operator is None:
+                    break
+                if executor is not None:
+                    futures.append(executor.submit(self.reward, operator))
+            if not self._flying:
+                return
+            reward = futures.popleft().result() if executor is not None else self.reward(self._flying[0][0])
+            found = self.learn(reward)
+            if found is not None:
+                yield found
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``restore`` needs, ready for JSON."""
+        return {
+            "version": _VERSION,
+            "searcher": type(self).__name__,
+            "depth": self.depth,
+            "seed": self.seed,
+            "events": list(self._events),
+            "last": f"{list(self._known)[-1]:x}" if self._known else "",
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to a saved state by replaying its events; no reward is computed, and proposals in flight are so again.
+
+        Args:
+            state: What ``state`` returned in a searcher of the same kind, space, depth and options.
+
+        Raises:
+            SearchError: The state is another kind of searcher's, or its replay does not lead to the same operator.
+        """
+        for name, mine in (("version", _VERSION), ("searcher", type(self).__name__), ("depth", self.depth)):
+            if state.get(name) != mine:
+                raise SearchError(
+                    f"the state has {name} = {state.get(name)!r}, this search {mine!r}; use one that fits"
+                )
+        self.seed = state["seed"]
+        self._begin()
+        for event in state["events"]:
+            if event is None:
+                self.propose()
+            else:
+                self.learn(float("nan") if event == "failed" else event)
+        if self.state()["last"] != state["last"]:
+            raise SearchError(
+                "the state replays to other operators than it holds; give the space that it was saved with"
+            )
+
+    def scaled(self, reward: float) -> float:
+        """Return a reward between 0, the worst so far, and 1, the best."""
+        return (reward - self.lowest) / (self.highest - self.lowest) if self.highest > self.lowest else 0.5
