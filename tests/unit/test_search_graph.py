@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -258,3 +259,16 @@ def test_a_wrong_use_is_refused_in_one_line(act, message):
     with pytest.raises(SearchError, match=message) as caught:
         act(build, h)
     assert "\n" not in str(caught.value)
+
+
+def test_an_operator_travels_between_processes_whatever_was_asked_of_it():
+    build = Assembler(Symbols.of(["N", "C", "D", "H"], ["k"], [{"N": 2, "C": 3, "D": 4, "H": 9, "k": 3}]))
+    n, d, h = build.output("N", "D", "H")
+    c, a = build.contract(inner=build.reduce("C", "k"), outer=[d])
+    operator = build.finish(n, c, build.unfold(h, a))
+    for dim in (*operator.output, *operator.input):
+        assert dim.iterators
+    copy = pickle.loads(pickle.dumps(operator))
+    assert copy == operator
+    assert str(copy) == str(operator)
+    assert copy.output[0].iterators == operator.output[0].iterators

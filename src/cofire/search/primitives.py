@@ -47,6 +47,12 @@ class Dim:
         parts = [self.name, str(size), *(str(a) for a in arguments), *(f"{dim.digest:032x}" for dim in below)]
         self.digest = int.from_bytes(blake2b("|".join(parts).encode(), digest_size=16).digest(), "big")
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what follows from the rest: a set that holds the dim cannot be built before its digest is there."""
+        kinds = type(self).__mro__
+        found = {name for kind in kinds for name, value in vars(kind).items() if isinstance(value, cached_property)}
+        return {name: value for name, value in vars(self).items() if name not in found}
+
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Dim) and self.digest == other.digest)
 
