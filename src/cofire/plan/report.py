@@ -277,7 +277,7 @@ def _remarks(plan: Plan) -> list[str]:
     if plan.run is not None and plan.run.precision.recipe == "auto":
         remarks.append("precision.recipe = auto is planned as fp32; the run takes the faster one it measures.")
     if plan.run is not None and plan.run.precision.recipe == "fp8":
-        remarks.append("precision.recipe = fp8 is planned as fp32; a CPU emulates FP8 in that or in bf16, as it measures.")
+        remarks.append("precision.recipe = fp8 is planned as fp32; a CPU emulates FP8 in that or in bf16.")
     return remarks
 
 
