@@ -36,13 +36,12 @@ from cofire.precision import logfmt
 from cofire.precision.formats import E4M3, E5M6
 from cofire.precision.formats import decode as decode_format
 from cofire.precision.formats import encode as encode_format
-from cofire.precision.quantize import AMAX_FLOOR, TILE, Quantized, ScaleFormat, quantize, scale_of
+from cofire.precision.quantize import AMAX_FLOOR, SCALE_TYPES, TILE, Quantized, ScaleFormat, quantize, scale_of
 
 # Gradients of a mean over tokens are small: DeepSeek's floor for activations would take them below FP8's range.
 GRADIENT_FLOOR = 1e-30
 _TILE = 128
 _INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SCALE_TYPES = {"fp32": torch.float32, "ue8m0": torch.float8_e8m0fnu}
 _BF16_LARGEST = torch.finfo(torch.bfloat16).max
 
 
@@ -115,7 +114,7 @@ class FP8Codec:
         Raises:
             PrecisionError: One is out of range.
         """
-        if self.scale_format not in _SCALE_TYPES:
+        if self.scale_format not in SCALE_TYPES:
             raise PrecisionError(f"scale format {self.scale_format!r} is neither 'fp32' nor 'ue8m0'")
         if self.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             raise PrecisionError(f"{self.dtype} is not an FP8 format; take float8_e4m3fn or float8_e5m2")
@@ -124,7 +123,7 @@ class FP8Codec:
 
     def bytes_per_token(self, length: int) -> int:
         """Return D and 4 or 1 for each tile."""
-        return _checked_length(length) + _num_tiles(length) * _SCALE_TYPES[self.scale_format].itemsize
+        return _checked_length(length) + _num_tiles(length) * SCALE_TYPES[self.scale_format].itemsize
 
     def encode(self, x: Tensor) -> Tensor:
         """Return messages [N, D + 4 or 1 for each tile], ``uint8``.
@@ -155,7 +154,7 @@ class FP8Codec:
         """Return codes and scales as they came, for a product that takes them; arguments as for :meth:`decode`."""
         message = _checked_message(message, self.bytes_per_token(length), length)
         data = _part(message, 0, self.dtype, length)
-        return Quantized(data, _part(message, length, _SCALE_TYPES[self.scale_format]), TILE)
+        return Quantized(data, _part(message, length, SCALE_TYPES[self.scale_format]), TILE)
 
 
 @dataclass(frozen=True)

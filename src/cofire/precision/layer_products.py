@@ -45,9 +45,9 @@ class Operand(NamedTuple):
 def operand(x: Tensor, tile: TileShape, scale_format: ScaleFormat, recipe: FP8Recipe, tensor: str) -> Operand:
     """Quantise an input or a weight, and show it to the recipe's watch under the name ``tensor``."""
     if recipe.backend is None:
-        found = Operand(*quantize_and_round(x, tile, scale_format=scale_format))
-        recipe.see(tensor, x, found.values if found.values is not None else found.quantized)
-        return found
+        q, values = quantize_and_round(x, tile, scale_format=scale_format)
+        recipe.see(tensor, x, values)
+        return Operand(q, values)
     q = quantize(x, tile, scale_format=scale_format)
     recipe.see(tensor, x, q)
     return Operand(q, None)

@@ -37,7 +37,7 @@ TENSOR: TileShape = (None, None)
 # DeepSeek's kernels take at least this for a tile's largest value, so that a tile of zeros has a scale.
 AMAX_FLOOR = 1e-4
 _DATA_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALE_TYPES = {"fp32": torch.float32, "ue8m0": torch.float8_e8m0fnu}
+SCALE_TYPES = {"fp32": torch.float32, "ue8m0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Quantized:
         """
         if self.data.dtype not in _DATA_TYPES:
             raise PrecisionError(f"data of {self.data.dtype} is not FP8; quantize() makes float8_e4m3fn or float8_e5m2")
-        if self.scale.dtype not in _SCALE_TYPES.values():
+        if self.scale.dtype not in SCALE_TYPES.values():
             raise PrecisionError(
                 f"scales of {self.scale.dtype} are neither float32 nor float8_e8m0fnu; requantize() converts values"
             )
@@ -299,7 +299,7 @@ def _checked(x: Tensor, dtype: torch.dtype, scale_format: ScaleFormat) -> Tensor
         raise PrecisionError(f"{x.dtype} is not quantised; give float32, bfloat16 or float16")
     if dtype not in _DATA_TYPES:
         raise PrecisionError(f"{dtype} is not an FP8 format; take float8_e4m3fn or float8_e5m2")
-    if scale_format not in _SCALE_TYPES:
+    if scale_format not in SCALE_TYPES:
         raise PrecisionError(f"scale format {scale_format!r} is neither 'fp32' nor 'ue8m0'")
     if x.dim() == 0:
         raise PrecisionError("a scalar has no tiles; give a matrix")

@@ -27,7 +27,7 @@ from math import prod
 
 from cofire.errors import SearchError
 from cofire.search.graph import Operator
-from cofire.search.primitives import Dim, Iterator, MergeMajor, MergeMinor, Reduction, Unfold, without_shares
+from cofire.search.primitives import Dim, Iterator, MergeMajor, MergeMinor, Reduction, Unfold
 
 Labels = frozenset[Dim]
 
@@ -144,7 +144,7 @@ class _Game:
         self.mapping = mapping
         self.factors: tuple[Labels, ...] = tuple(map(frozenset, operator.weight_coordinates))
         # A window over what is only repeated still makes the output zero beside its domain: a weight of ones.
-        self.factors += tuple(frozenset((dim,)) for dim in _masks(operator))
+        self.factors += tuple(frozenset((dim,)) for dim in operator.masks)
 
     def elements(self, labels: Iterable[Dim]) -> int:
         """Return the number of elements of a tensor with these labels."""
@@ -259,16 +259,3 @@ def _is_free(label: Dim, others: Labels) -> bool:
 def _reductions(labels: Iterable[Dim]) -> Labels:
     """Return the reductions that labels depend on."""
     return frozenset(dim for label in labels for dim in label.iterators if isinstance(dim, Reduction))
-
-
-def _masks(operator: Operator) -> tuple[Dim, ...]:
-    """Return coordinates repeated over whose windows no tensor passes through."""
-    read = (*operator.input_coordinates, *(dim for weight in operator.weight_coordinates for dim in weight))
-    seen = {node for dim in read for node in dim.walk() if isinstance(node, Unfold)}
-    found = []
-    for dim in map(without_shares, operator.expansions):
-        windows = {node for node in dim.walk() if isinstance(node, Unfold)}
-        if windows - seen:
-            found.append(dim)
-            seen |= windows
-    return tuple(found)

@@ -12,7 +12,7 @@ from functools import cached_property
 from hashlib import blake2b
 
 from cofire.errors import SearchError
-from cofire.search.primitives import Dim, Iterator, Reduction, without_shares
+from cofire.search.primitives import Dim, Iterator, Reduction, Unfold, without_shares
 from cofire.search.sizes import Size, Symbols
 
 
@@ -94,6 +94,19 @@ class Operator:
     def weight_coordinates(self) -> tuple[tuple[Dim, ...], ...]:
         """The weights' coordinates with every Share left out."""
         return tuple(tuple(without_shares(dim) for dim in weight) for weight in self.weights)
+
+    @cached_property
+    def masks(self) -> tuple[Dim, ...]:
+        """Coordinates repeated over whose windows no tensor passes through."""
+        read = (*self.input_coordinates, *(dim for weight in self.weight_coordinates for dim in weight))
+        seen = {node for dim in read for node in dim.walk() if isinstance(node, Unfold)}
+        found = []
+        for dim in map(without_shares, self.expansions):
+            windows = {node for node in dim.walk() if isinstance(node, Unfold)}
+            if windows - seen:
+                found.append(dim)
+                seen |= windows
+        return tuple(found)
 
     def formula(self, latex: bool = False) -> str:
         """Return the operator in index notation, one line.

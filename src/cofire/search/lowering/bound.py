@@ -18,7 +18,7 @@ from string import ascii_letters
 
 from cofire.errors import SearchError
 from cofire.search.graph import Operator
-from cofire.search.primitives import Dim, Iterator, Unfold, without_shares
+from cofire.search.primitives import Dim, Iterator
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,10 @@ class Bound:
         """Coordinates at which the input is read."""
         return self.operator.input_coordinates
 
-    @cached_property
+    @property
     def masks(self) -> tuple[Dim, ...]:
         """Coordinates repeated over whose windows no other tensor passes through."""
-        read = (*self.input, *(dim for weight in self.operator.weight_coordinates for dim in weight))
-        seen = {node for dim in read for node in dim.walk() if isinstance(node, Unfold)}
-        found = []
-        for dim in map(without_shares, self.operator.expansions):
-            windows = {node for node in dim.walk() if isinstance(node, Unfold)}
-            if windows - seen:
-                found.append(dim)
-                seen |= windows
-        return tuple(found)
+        return self.operator.masks
 
     @cached_property
     def factors(self) -> tuple[tuple[Dim, ...], ...]:
