@@ -208,13 +208,6 @@ def test_shape_distance_is_infinite_where_elements_are_missing():
     assert shape_distance((N,), (Current(H, 5),), budget) == INFINITE
 
 
-def test_one_contraction_takes_any_number_of_dims_where_the_distance_is_exact():
-    dims = (Current(N, 5), Current(H, 5, absorbable=True), Current(K, 5, absorbable=True))
-    budget = Budget(steps=9, merges=9, splits=9, unfolds=9)
-    assert shape_distance((N,), dims, budget) == 2
-    assert shape_distance((N,), dims, replace(budget, contraction=True)) == 1
-
-
 # --- rules ---
 
 SPACE = convolution_space(unordered_output=frozenset({1}))

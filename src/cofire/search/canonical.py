@@ -2,8 +2,8 @@
 
 Each rule has a letter (C: contraction, R: reshape, V: order of views, U: unordered dims) and a number, and looks at one
 candidate on one interface, so that it can be tested alone. Rules marked approximate also lose operators that no other
-graph builds; Syno has them, and so has this space. C1 (nothing above a Share's right side) and the numbering of weights
-hold by construction of the interface.
+graph builds, most of them at the border alone, where zeros are read; Syno has them, and so has this space. C1 (nothing
+above a Share's right side) and the numbering of weights hold by construction of the interface.
 
 What the rules leave double: two equal reductions or windows swapped, a weight indexed by a bijection of its reduction,
 and Shifts that commute with towers of reshapes.
@@ -156,7 +156,7 @@ def _u2(merge: MergeMinor, _: Interface, space: Space) -> bool:
 MERGE_RULES = (
     Rule(
         "R1",
-        "a Merge above a Share, a Split or the major side of a Merge",
+        "a Merge above a Share, a Split (approximate where blocks do not divide) or the major side of a Merge",
         lambda m, i, _: isinstance(m.source, (Share, Split, MergeMajor)),
     ),
     Rule("R4", "a Merge directly above a Reduce", lambda m, i, _: isinstance(m.source, Reduction)),
@@ -185,7 +185,7 @@ def _v11_shift(shift: Shift, _: Interface, space: Space) -> bool:
 SHIFT_RULES = (
     Rule(
         "V8",
-        "a Shift above a Reduce, a Share or a Shift",
+        "a Shift above a Reduce, a Share or (approximate) a Shift",
         lambda s, i, _: isinstance(s.source, (Reduction, Share, Shift)),
     ),
     Rule("U1", "a Shift of an unordered dim", lambda s, i, space: unordered_scope(s.source, space) is not None),
@@ -194,7 +194,11 @@ SHIFT_RULES = (
 
 STRIDE_RULES = (
     Rule("V4", "a Stride above a Split", lambda s, i, _: isinstance(s.source, Split)),
-    Rule("V7", "a Stride above an Unfold or a Stride", lambda s, i, _: isinstance(s.source, (Unfold, Stride))),
+    Rule(
+        "V7",
+        "a Stride above an Unfold (approximate) or a Stride",
+        lambda s, i, _: isinstance(s.source, (Unfold, Stride)),
+    ),
 )
 
 
@@ -216,11 +220,11 @@ def _v9(unfold: Unfold, _: Interface, space: Space) -> bool:
 
 UNFOLD_RULES = (
     Rule("V9", "an Unfold whose window is a Reduce, which is pooling", _v9),
-    Rule("V2", "an Unfold of a Split", lambda u, i, _: isinstance(u.source, Split)),
-    Rule("V6", "an Unfold of a Shift", lambda u, i, _: isinstance(u.source, Shift)),
+    Rule("V2", "an Unfold of a Split (approximate)", lambda u, i, _: isinstance(u.source, Split)),
+    Rule("V6", "an Unfold of a Shift (approximate)", lambda u, i, _: isinstance(u.source, Shift)),
     Rule("V10", "an Unfold of what ends in reductions alone (approximate)", lambda u, i, _: u.source.ends_in_reduce),
     Rule("V12", "an even, large or relatively large window", _v12),
-    Rule("V1", "an Unfold with a smaller window above another Unfold", _v1),
+    Rule("V1", "an Unfold with a smaller window above another Unfold (approximate)", _v1),
 )
 
 

@@ -1,15 +1,14 @@
-"""Shape distance: at least how many steps lead from an interface to the input's shape.
+"""Shape distance as Syno reads it: how many steps lead from an interface to the input's shape.
 
 The interface's sizes C are parted into groups, each of which provides some of the input's sizes D (Syno, shape
 distance). With r the product of a group's C over that of its D, a group costs
 
     (#C - 1) splits + max(0, #D - 1) merges + [r != 1 and D] one more merge + [r != 1 or no D] an Unfold or Expand,
 
-and r must not be a coefficient below one. A dim at the end of its chain must be one of D as it stands. Two readings:
+and r must not be a coefficient below one. A dim at the end of its chain must be one of D as it stands.
 
-- ``compat``: as above, which is what Syno prunes by. It charges every dim that the input lacks one step, although one
-  Contraction removes any number of them, so it is not a lower bound.
-- ``exact``: dims that a Contraction can take are charged one step together, for as long as there is one to come.
+It charges every dim that the input lacks one step, although one Contraction removes any number of them, so it is not a
+lower bound; :mod:`cofire.search.completion` has one.
 """
 
 from __future__ import annotations
@@ -29,12 +28,10 @@ class Current(NamedTuple):
     Attributes:
         size: Its size.
         left: Primitives its chain may still take.
-        absorbable: Whether a Contraction may take it as a dim that only the weight has.
     """
 
     size: Size
     left: int
-    absorbable: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,12 @@ class Budget:
         merges: Merges.
         splits: Splits.
         unfolds: Unfolds and Expands.
-        contraction: Whether one may still come (``exact``); false reads the distance as Syno does.
     """
 
     steps: int
     merges: int
     splits: int
     unfolds: int
-    contraction: bool = False
 
 
 class _Group(NamedTuple):
@@ -61,7 +56,6 @@ class _Group(NamedTuple):
     current: int
     desired: int
     direct: bool
-    absorbable: bool
 
 
 def shape_distance(desired: tuple[Size, ...], current: tuple[Current, ...], budget: Budget) -> int:
@@ -108,7 +102,7 @@ def _provide(
             continue
         if not new and (symbol is None or groups[position].rest.exponents[symbol] > 0):
             g = groups[position]
-            grown = g._replace(rest=g.rest / size, desired=g.desired + 1, absorbable=False)
+            grown = g._replace(rest=g.rest / size, desired=g.desired + 1)
             yield from _provide(desired, current, budget, _swap(groups, position, grown), taken, index + 1)
             continue
         for k, dim in enumerate(current):
@@ -117,10 +111,10 @@ def _provide(
             if dim.left <= 0 and (not new or dim.size != size):
                 continue
             if new:
-                more = (*groups, _Group(dim.size / size, 1, 1, dim.left <= 0, False))
+                more = (*groups, _Group(dim.size / size, 1, 1, dim.left <= 0))
             else:
                 g = groups[position]
-                grown = _Group(g.rest * dim.size / size, g.current + 1, g.desired + 1, False, False)
+                grown = _Group(g.rest * dim.size / size, g.current + 1, g.desired + 1, False)
                 more = _swap(groups, position, grown)
             yield from _provide(desired, current, budget, more, taken | 1 << k, index + 1)
 
@@ -141,10 +135,10 @@ def _place(free: list[Current], groups: list[_Group], budget: Budget, best: int)
     if dim.left > 0:
         for position, g in enumerate(groups):
             if not g.direct:
-                groups[position] = g._replace(rest=g.rest * dim.size, current=g.current + 1, absorbable=False)
+                groups[position] = g._replace(rest=g.rest * dim.size, current=g.current + 1)
                 best = _place(rest, groups, budget, best)
                 groups[position] = g
-    groups.append(_Group(dim.size, 1, 0, False, dim.absorbable))
+    groups.append(_Group(dim.size, 1, 0, False))
     best = _place(rest, groups, budget, best)
     groups.pop()
     return best
@@ -153,7 +147,6 @@ def _place(free: list[Current], groups: list[_Group], budget: Budget, best: int)
 def _cost(groups: list[_Group], budget: Budget) -> int:
     """Return the steps of a full partition, or INFINITE where it is not allowed."""
     splits = merges = unfolds = 0
-    absorbed = False
     for g in groups:
         if g.rest.kind is SizeKind.ILLEGAL:
             return INFINITE
@@ -162,12 +155,8 @@ def _cost(groups: list[_Group], budget: Budget) -> int:
         if g.rest.is_one and g.desired:
             continue
         merges += g.desired > 0
-        if budget.contraction and (g.absorbable or g.desired):
-            # One Contraction takes all of these; the part of a group beyond the input is a Merge's, which it can take.
-            absorbed = True
-        else:
-            unfolds += 1
+        unfolds += 1
     if splits > budget.splits or merges > budget.merges or unfolds > budget.unfolds:
         return INFINITE
-    steps = splits + merges + unfolds + absorbed
+    steps = splits + merges + unfolds
     return steps if steps <= budget.steps else INFINITE

@@ -6,8 +6,8 @@ than Split and Unfold act on dims above the latest contraction alone.
 
 How steps are pruned is the guidance:
 
-- ``exact``, the default: an interface is kept while its shape distance, a lower bound, is at most the steps left.
-- ``compat``: Syno's reading of the distance, and where it equals the steps left, Shift, Stride and Contraction are not
+- ``exact``, the default: an interface is kept while a lower bound (``completion``) is at most the steps left.
+- ``compat``: Syno's shape distance, and where it equals the steps left, Shift, Stride and Contraction are not
   tried; two dims that are only summed over are not joined either. Operators are lost by that.
 - ``none``: no distance; what the other two are measured against.
 
@@ -21,6 +21,7 @@ from itertools import combinations_with_replacement
 from itertools import product as cartesian
 
 from cofire.search.canonical import broken_rule
+from cofire.search.completion import CompletionBound
 from cofire.search.distance import INFINITE, Budget, Current, shape_distance
 from cofire.search.fingerprint import distinct as distinct_groups
 from cofire.search.graph import Operator
@@ -47,6 +48,7 @@ class Synthesis:
         self.depth = depth
         self.guidance: Guidance = guidance
         self._distances: dict[tuple[tuple[Current, ...], Budget], int] = {}
+        self._completion = CompletionBound(space, depth)
         self._blocks: dict[Size, tuple[Size, ...]] = {}
         self._domains = tuple(sorted(self._allowed_sizes()))
         self._strided = tuple(size for size in self._domains if space.is_strided(size))
@@ -90,7 +92,9 @@ class Synthesis:
         return ratio.largest <= self.space.max_reduction_ratio
 
     def distance(self, state: Interface) -> int:
-        """Return the shape distance of an interface under the guidance, INFINITE where it cannot end."""
+        """Return the distance of an interface from the input under the guidance, INFINITE where it cannot end."""
+        if self.guidance != "compat":
+            return self._completion(state)
         space = self.space
         left = self.depth - state.depth
         current, strided = [], 0
@@ -101,8 +105,7 @@ class Synthesis:
                 if chain <= 0:
                     return INFINITE
             else:
-                outer = self.guidance == "exact" and may_be_outer(dim, space.low_rank)
-                current.append(Current(dim.size, chain, outer))
+                current.append(Current(dim.size, chain))
         unfolds = self._left(space.max_unfolds, state, "unfold") + (self.depth if space.max_repeat > 1 else 0)
         if strided > left or (strided and not unfolds):
             return INFINITE
@@ -111,12 +114,15 @@ class Synthesis:
             merges=self._left(space.max_merges, state, "merge"),
             splits=self._left(space.max_splits, state, "split"),
             unfolds=unfolds - (strided > 0),
-            contraction=self.guidance == "exact" and len(state.weights) + 1 < space.max_tensors,
         )
         key = (tuple(sorted(current, key=_sort_key)), budget)
         if key not in self._distances:
             self._distances[key] = shape_distance(space.desired, *key)
         return min(INFINITE, self._distances[key] + strided)
+
+    def is_hopeless(self, state: Interface) -> bool:
+        """Whether no further reduction can bring an interface to an end, as far as the guidance sees."""
+        return self.guidance == "exact" and self._completion.is_hopeless(state)
 
     def _left(self, most: int | None, state: Interface, kind: Step) -> int:
         return self.depth if most is None else max(0, most - state.count(kind))
@@ -291,8 +297,8 @@ class Synthesis:
         )
 
 
-def _sort_key(dim: Current) -> tuple[tuple[int, ...], int, bool]:
-    return (dim.size.exponents, dim.left, dim.absorbable)
+def _sort_key(dim: Current) -> tuple[tuple[int, ...], int]:
+    return (dim.size.exponents, dim.left)
 
 
 def _assignments(dims: tuple[Dim, ...], desired: tuple[Size, ...]) -> Generator[tuple[Dim, ...], None, None]:

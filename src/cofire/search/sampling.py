@@ -24,6 +24,7 @@ from random import Random
 from typing import Any, ClassVar, Generic, TypeVar
 
 from cofire.errors import SearchError
+from cofire.search.distance import INFINITE
 from cofire.search.enumeration import Synthesis
 from cofire.search.graph import Operator
 from cofire.search.interface import Contraction, Interface, Step, may_be_outer
@@ -40,7 +41,9 @@ _CACHED = 1 << 15  # interfaces whose moves are kept; a random walk passes the l
 _RECENT = 100  # completions that the success rate is taken over (Syno)
 _EARLY = 0.5  # how often a walk tries a reduction first while it may, and then a contraction until it has a weight
 _DIRECT = 0.7  # how often a step is sought that lowers the distance
-_DEFERRED = 12  # children that do not, before the first of them is taken after all
+_DETOUR = 0.6  # how often one is taken all the same that leaves it a step longer than it could be
+_LEAST = 0.05  # of the promise of a step
+_DEFERRED = 12  # children that do not, before the nearest of them is taken after all
 _MOST_TRIALS = 64
 _BACKTRACKS = 40  # of one completion: dead ends lie within a few steps of the end, where all children are soon tried
 _VERSION = 1
@@ -58,6 +61,14 @@ def step_key(before: Interface, after: Interface) -> str:
     expanded = [dim.digest for dim in after.expansions if dim not in before.expansions]
     text = "|".join(",".join(f"{d:x}" for d in part) for part in (put, [dim.digest for dim in weight], expanded))
     return blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+_Put = tuple[int, ...]
+
+
+def _put(before: Interface, after: Interface) -> _Put:
+    """Return what tells a step from others on whatever interface: the dims that it puts on."""
+    return tuple(dim.digest for dim in after.dims if dim not in before.dims)
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,10 @@ class Moves(Synthesis):
         super().__init__(space, depth, guidance)
         self._children: dict[tuple[int, Step], tuple[Interface, ...]] = {}
         self._ends: dict[int, tuple[Operator, ...]] = {}
-        self._kept: dict[int, bool] = {}
+        self._ahead: dict[int, int] = {}
         self._dead: set[int] = set()
+        self._tally: dict[_Put, list[int]] = {}
+        self._walks = [0, 0]
         self._recent: deque[bool] = deque(maxlen=_RECENT)
 
     @property
@@ -181,15 +194,25 @@ class Moves(Synthesis):
 
     def keeps(self, state: Interface) -> bool:
         """Whether an interface may still end: by the guidance, and as far as walks have learnt."""
+        return state.digest not in self._dead and self.ahead(state) < INFINITE
+
+    def ahead(self, state: Interface) -> int:
+        """Return how many steps an interface still needs as far as the guidance sees, INFINITE where it cannot end.
+
+        Where a reduction must come first it is one more than after the first that can.
+        """
         digest = state.digest
-        if digest in self._dead:
-            return False
-        if digest not in self._kept:
-            if len(self._kept) >= _CACHED:
-                self._kept.clear()
-            kept = self._may_weigh(state) and self.may_end(state)
-            self._kept[digest] = kept or any(self.keeps(after) for after in self.candidates(state, "reduce"))
-        return self._kept[digest]
+        if digest not in self._ahead:
+            if len(self._ahead) >= _CACHED:
+                self._ahead.clear()
+            steps = INFINITE
+            if self._may_weigh(state) and self.may_end(state):
+                steps = self.distance(state) if self.guidance != "none" else 0
+            elif self._is_open(state) and not self.is_hopeless(state):
+                reduced = (1 + self.ahead(after) for after in self.candidates(state, "reduce"))
+                steps = min(INFINITE, next((steps for steps in reduced if steps < INFINITE), INFINITE))
+            self._ahead[digest] = steps
+        return self._ahead[digest]
 
     def _may_weigh(self, state: Interface) -> bool:
         """Whether the weight that an operator needs can still come; unguided, nothing is looked at.
@@ -243,20 +266,40 @@ class Moves(Synthesis):
             random: The source of all choices.
             backtracks: How many dead ends are left by the step that led there; the next one ends the walk.
         """
-        passed = [state]
+        passed, tried = [state], list[_Put]()
         while passed:
             after = self._pick(passed[-1], random)
             if isinstance(after, Operator):
+                self._remember(tried, {_put(before, then) for before, then in pairwise(passed)})
                 keys = [step_key(before, then) for before, then in pairwise(passed)]
                 return Walk(after, (*keys, f"{after.digest:x}"))
             if after is not None:
+                tried.append(_put(passed[-1], after))
                 passed.append(after)
                 continue
             if backtracks <= 0:
-                return None
+                break
             backtracks -= 1
             passed.pop()
+        self._remember(tried, set())
         return None
+
+    def _remember(self, tried: list[_Put], ended: set[_Put]) -> None:
+        """Count a walk's steps, and those that were on the way to an end."""
+        if len(self._tally) >= _CACHED:
+            self._tally.clear()
+        for put in tried:
+            count = self._tally.setdefault(put, [0, 0])
+            count[0] += 1
+            count[1] += put in ended
+        self._walks[0] += 1
+        self._walks[1] += bool(ended)
+
+    def _promise(self, before: Interface, after: Interface) -> float:
+        """Return how much more often than all walks those end that take a step, at most 1 and never nothing."""
+        walks, ended = self._walks
+        tried, reached = self._tally.get(_put(before, after), (0, 0))
+        return max(_LEAST, min(1.0, (reached + 1) * (walks + 1) / (tried * (ended + 1) + walks + 1)))
 
     def _pick(self, state: Interface, random: Random) -> Interface | Operator | None:
         kinds = self.kinds(state)
@@ -265,8 +308,10 @@ class Moves(Synthesis):
         if early in kinds and not state.weights and random.random() < _EARLY:
             kinds.remove(early)
             kinds.insert(0, early)
-        aim = self.distance(state) if self.guidance != "none" and random.random() < _DIRECT else 0
-        deferred: list[Interface] = []
+        aims = self.guidance != "none" and random.random() < _DIRECT
+        next_to = self.ahead(state) - 1
+        deferred: list[tuple[int, int, Interface]] = []
+        unlikely: list[Interface] = []
         for kind in kinds:
             if kind == FINISH:
                 return random.choice(self.ends(state))
@@ -275,16 +320,22 @@ class Moves(Synthesis):
                 k = random.randrange(len(children))
                 children[k], children[-1] = children[-1], children[k]
                 child = children.pop()
-                if not self.keeps(child):
-                    continue
-                if not 0 < aim <= self.distance(child):
-                    return child
-                deferred.append(child)
-                if len(deferred) == _DEFERRED:
-                    return deferred[0]
-        if not deferred:
-            self.bury(state)
-        return deferred[0] if deferred else None
+                if random.random() >= self._promise(state, child):
+                    unlikely.append(child)
+                elif self.keeps(child):
+                    excess = max(0, self.ahead(child) - next_to) if aims else 0
+                    if random.random() < _DETOUR**excess:
+                        return child
+                    deferred.append((excess, len(deferred), child))
+                    if len(deferred) == _DEFERRED:
+                        return min(deferred)[-1]
+        if deferred:
+            return min(deferred)[-1]
+        for child in unlikely:
+            if self.keeps(child):
+                return child
+        self.bury(state)
+        return None
 
     def complete(self, state: Interface, random: Random) -> Walk | None:
         """Walk until one walk ends, as often as recent success makes it likely (Syno, adaptive rollouts), or give up.

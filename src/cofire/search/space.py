@@ -140,9 +140,9 @@ class Space:
         return tuple(dim for dim in self.iterators if dim.index not in held)
 
     def admits(self, size: Size) -> bool:
-        """Whether a dim of the space may have this size."""
+        """Whether a dim of the space may have this size; one element under every mapping is no dim."""
         symbols = sum(e != 0 for e in size.exponents)
-        return size.is_legal and symbols <= self.max_symbols and size.degree <= self.max_degree
+        return size.is_legal and size.largest > 1 and symbols <= self.max_symbols and size.degree <= self.max_degree
 
     def is_strided(self, size: Size) -> bool:
         """Whether a Stride may use this size: coefficients only, at most the largest window."""
