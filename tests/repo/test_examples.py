@@ -36,6 +36,14 @@ def test_plan_example_prints_the_papers_figures(tmp_path):
     assert row == ["deepseek-v3", "671.0B", "36.6B", "70.27", "kB", "250.5", "GFLOP"]
 
 
+def test_search_example_counts_samples_and_prints_code(tmp_path):
+    output = run_example("03_search.py", "7", "30", cwd=tmp_path)
+    assert "exact   19 operators, 16 functions" in output
+    assert "compat  11 operators, 11 functions" in output
+    assert "import torch" in output
+    assert "cofire" not in output.partition("import torch")[2]
+
+
 def test_train_example_trains_reports_and_goes_on(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(6000)), "utf-8")

@@ -19,7 +19,7 @@ import typer
 from cofire.errors import CofireError
 
 # In the order that a user walks through them; each module has ``register(app)``.
-_STAGES = ("spec", "plan", "network", "train", "report", "generate", "serve", "bench", "claims")
+_STAGES = ("spec", "plan", "network", "search", "train", "report", "generate", "serve", "bench", "claims")
 
 # What an extra brings, by the module that a command misses first.
 _EXTRAS = {

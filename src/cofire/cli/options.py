@@ -40,6 +40,16 @@ def complete_preset(incomplete: str) -> list[str]:
     return _complete(None, incomplete)
 
 
+def complete_search(incomplete: str) -> list[str]:
+    """Presets of operator searches whose name starts with what was typed."""
+    return _complete("search", incomplete)
+
+
+def complete_operator(incomplete: str) -> list[str]:
+    """Presets of operators whose name starts with what was typed."""
+    return _complete("operator", incomplete)
+
+
 def _complete(kind: str | None, incomplete: str) -> list[str]:
     from cofire.spec import preset_names
 

@@ -16,7 +16,6 @@ Every charge is one that no completion avoids, so guided synthesis loses nothing
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from itertools import product as cartesian
@@ -69,8 +68,7 @@ class _Group(NamedTuple):
     closed: bool
 
 
-@dataclass(frozen=True)
-class _Budget:
+class _Budget(NamedTuple):
     """What is left of each kind of step.
 
     Attributes:
@@ -247,17 +245,17 @@ class CompletionBound:
 
 
 class _Going(NamedTuple):
-    """How a dim that provides nothing goes: steps but the contraction, and what they are.
+    """How dims that provide nothing go: steps but the contraction, and what they are.
 
     Attributes:
         steps: Steps, or INFINITE where it does not go alone.
         unfolds: How many of them are surely Unfolds.
-        opening: Whether an Unfold over it or a Shift must come before its Merge; not in ``steps``.
+        openings: How often an Unfold or a Shift must come before a Merge; not in ``steps``.
     """
 
     steps: int
     unfolds: int = 0
-    opening: bool = False
+    openings: int = 0
 
 
 class _Merging(NamedTuple):
@@ -266,6 +264,10 @@ class _Merging(NamedTuple):
     merges: int
     openings: int = 0
     unfolds: int = 0
+
+
+_NOTHING = _Merging(0)
+_NEVER = _Merging(INFINITE)
 
 
 class _Partition:
@@ -306,14 +308,17 @@ class _Partition:
             return _Going(1, int(not (contractions and is_merged)))
         if not is_merged or not (contractions or is_windows):
             return _Going(INFINITE)
-        return _Going(1, 0, not part.cut) if contractions else _Going(1 + count, count, not part.cut)
+        opening = int(not part.cut)
+        return _Going(1, 0, opening) if contractions else _Going(1 + count, count, opening)
 
     def _provide(self, index: int, groups: list[_Group], taken: int) -> None:
         """Give each of the input's dims a group that holds its primary symbol."""
         if index == len(self.desired):
             free = [k for k in range(len(self.parts)) if not taken >> k & 1]
-            if all(self.parts[k].left for k in free):
-                self._place(free, 0, groups, [])
+            splits = len(self.parts) - len(free) - len(groups)
+            merges = len(self.desired) - len(groups)
+            if merges <= self.budget.merges and all(self.parts[k].left for k in free):
+                self._place(free, groups, [], splits, splits + merges + self.choices[0])
             return
         size = self.desired[index]
         symbol = next((k for k in range(self.bound._primaries) if size.exponents[k] > 0), None)
@@ -336,53 +341,63 @@ class _Partition:
     def _join(self, g: _Group, k: int) -> _Group:
         return _Group(g.rest * self.parts[k].size, (*g.members, k), g.desired, g.closed)
 
-    def _place(self, free: list[int], at: int, groups: list[_Group], alone: list[int]) -> None:
-        """Put the remaining dims into groups or let them go."""
-        splits = sum(len(g.members) - 1 for g in groups)
-        merges = sum(len(g.desired) - 1 for g in groups)
-        if splits > self.budget.splits or merges > self.budget.merges:
+    def _place(self, free: list[int], groups: list[_Group], alone: list[int], splits: int, least: int) -> None:
+        """Put the remaining dims into groups or let them go; ``least`` is what it costs so far."""
+        if splits > self.budget.splits or least >= self.best:
             return
-        least = splits + merges + sum(self.cheapest[k] for k in alone) + self.choices[0]
-        if least >= self.best:
-            return
-        if at == len(free):
+        if not free:
             for number, count in enumerate(self.choices):
-                self.best = min(self.best, self._cost(groups, alone, number, count))
+                if least + number < self.best:
+                    self.best = min(self.best, self._cost(groups, alone, number, count))
             return
-        if self.may_join or not self.is_lonely[free[at]]:
-            self._place(free, at + 1, groups, [*alone, free[at]])
+        k, rest = free[0], free[1:]
+        if self.may_join or not self.is_lonely[k]:
+            self._place(rest, groups, [*alone, k], splits, least + self.cheapest[k])
         for position, g in enumerate(groups):
             if not g.closed:
-                self._place(free, at + 1, _swap(groups, position, self._join(g, free[at])), alone)
+                self._place(rest, _swap(groups, position, self._join(g, k)), alone, splits + 1, least + 1)
 
     def _cost(self, groups: list[_Group], alone: list[int], number: int, contractions: int) -> int:
         """Return the steps of a full partition with so many contractions, or INFINITE where it is not allowed."""
-        budget, splits = self.budget, sum(len(g.members) - 1 for g in groups)
-        if splits + sum(len(g.desired) - 1 for g in groups) + contractions >= self.best:
-            return INFINITE
-        going = [self.alone[k][number] for k in alone]
-        company = sum(way.steps >= INFINITE for way in going)
-        if company and not self._have_company(alone, contractions):
-            return INFINITE
-        windows = budget.strided + sum(self.is_window[k] for k in alone)
-        merging = [self._merging(g, contractions > 0, windows > 0 or self.is_cut) for g in groups]
-        merges = sum(m.merges for m in merging)
-        if splits > budget.splits or merges > budget.merges:
-            return INFINITE
-        unfolds = sum(m.unfolds for m in merging) + sum(way.unfolds for way in going)
-        others = sum(way.steps - way.unfolds for way in going if way.steps < INFINITE) + company + (company > 0)
-        raw = sum(self.parts[k].raw for k, way in zip(alone, going, strict=True) if way.unfolds)
-        if raw and raw == sum(way.unfolds > 0 for way in going) and not contractions and self.space.needs_weight:
-            if not budget.strides:
+        budget = self.budget
+        windows = budget.strided
+        for k in alone:
+            windows += self.is_window[k]
+        merges = unfolds = openings = 0
+        for g in groups:
+            needed, opening, windowed = self._merging(g, contractions > 0, windows > 0 or self.is_cut)
+            merges, openings, unfolds = merges + needed, openings + opening, unfolds + windowed
+            if merges > budget.merges:
                 return INFINITE
-            others += 1
+        others, slid, opening = self._going(alone, number, contractions)
+        unfolds, openings = unfolds + slid, openings + opening
+        splits = len(self.parts) - len(alone) - len(groups)
         if unfolds and (not budget.unfolds or unfolds - budget.unfolds > budget.splits - splits):
             return INFINITE
-        openings = sum(m.openings for m in merging) + sum(way.opening for way in going)
         opened = max(0, openings - unfolds - others)
         if openings and not windows and not self.is_cut:
             opened = max(opened, 1)
         return splits + merges + unfolds + others + contractions + opened
+
+    def _going(self, alone: list[int], number: int, contractions: int) -> _Going:
+        """Return how all dims go that provide nothing; Unfolds are not among the steps."""
+        others = company = raw = slid = unfolds = openings = 0
+        for k in alone:
+            steps, sure, opening = self.alone[k][number]
+            if steps >= INFINITE:
+                company += 1
+                continue
+            unfolds, others, openings = unfolds + sure, others + steps - sure, openings + opening
+            if sure:
+                raw, slid = raw + self.parts[k].raw, slid + 1
+        if company:
+            if not self._have_company(alone, contractions):
+                return _Going(INFINITE)
+            others += company + 1
+        if raw and raw == slid and not contractions and self.space.needs_weight:
+            # A reduction that no weight has slides over nothing alone; a Stride above it makes it another dim.
+            others += 1 if self.budget.strides else INFINITE
+        return _Going(others, unfolds, openings)
 
     def _have_company(self, alone: list[int], contractions: int) -> bool:
         """Whether dims that cannot go alone may go together, by a Split, a Shift and a Merge of a small minor side."""
@@ -403,6 +418,8 @@ class _Partition:
 
     def _merging(self, g: _Group, may_contract: bool, may_slide: bool) -> _Merging:
         """Return what a group needs; more merges than any budget where it cannot be."""
+        if len(g.desired) == 1 and g.rest.is_one:
+            return _NOTHING
         key = (g, may_contract, may_slide)
         found = self.merged.get(key)
         if found is None:
@@ -410,12 +427,9 @@ class _Partition:
         return found
 
     def _merge(self, g: _Group, may_contract: bool, may_slide: bool) -> _Merging:
-        never = _Merging(INFINITE)
         if g.rest.kind is SizeKind.ILLEGAL:
-            return never
+            return _NEVER
         merges = len(g.desired) - 1 + (not g.rest.is_one)
-        if not merges:
-            return _Merging(0)
         parts = [self.parts[k] for k in g.members]
         cut, limit = max(part.cut for part in parts), 0.0
         if may_slide and any(part.slides for part in parts):
@@ -423,16 +437,16 @@ class _Partition:
         if self.budget.shifts and (limit or any(part.shifts for part in parts) or self._may_shift_together(g.members)):
             limit = max(limit, self.reach)
         if not cut and not limit:
-            return never
+            return _NEVER
         limited = self._limited(g, parts, max(limit, cut if cut < inf else 0.0))
         merges = max(merges, limited)
         openings = max(int(not cut), limited - (0 < cut < inf))
         if openings and not limit:
-            return never
+            return _NEVER
         if g.rest.is_one or may_contract:
             return _Merging(merges, openings)
         _, is_windows, count = self.bound._window(g.rest)
-        return _Merging(merges, openings, count) if is_windows else never
+        return _Merging(merges, openings, count) if is_windows else _NEVER
 
     def _limited(self, g: _Group, parts: list[_Part], limit: float) -> int:
         """Return how many Merges with a limited minor side it takes to part what no free Merge parts."""

@@ -171,13 +171,16 @@ def _parse(text: str) -> list[tuple[str, int]]:
 class Size:
     """One monomial; made by :class:`Symbols` only, which interns it, so that equal sizes are the same object."""
 
-    __slots__ = ("exponents", "is_legal", "kind", "largest", "packed", "smallest", "symbols", "values")
+    __slots__ = ("exponents", "is_legal", "kind", "largest", "packed", "smallest", "symbols", "text", "values")
 
     def __init__(self, symbols: Symbols, packed: int) -> None:
         self.symbols = symbols
         self.packed = packed
         count = len(symbols.names)
         self.exponents = tuple(((packed >> (_BITS * k)) & _MASK) - _BIAS for k in range(count))
+        above = [_power(n, e) for n, e in zip(symbols.names, self.exponents, strict=True) if e > 0]
+        below = [_power(n, -e) for n, e in zip(symbols.names, self.exponents, strict=True) if e < 0]
+        self.text = "/".join(["*".join(above) or "1", *below])
         self.kind = _kind(self.exponents[: len(symbols.primary)], self.exponents[len(symbols.primary) :])
         self.values = tuple(_value(row, self.exponents) for row in symbols.mappings)
         self.smallest, self.largest = min(self.values), max(self.values)
@@ -205,9 +208,7 @@ class Size:
         return f"Size({self})"
 
     def __str__(self) -> str:
-        above = [_power(n, e) for n, e in zip(self.symbols.names, self.exponents, strict=True) if e > 0]
-        below = [_power(n, -e) for n, e in zip(self.symbols.names, self.exponents, strict=True) if e < 0]
-        return "/".join(["*".join(above) or "1", *below])
+        return self.text
 
     @property
     def is_one(self) -> bool:
@@ -222,8 +223,8 @@ class Size:
     @property
     def primary_part(self) -> Size:
         """The factor in primary symbols."""
-        count = len(self.symbols.primary)
-        return self.symbols.from_exponents((*self.exponents[:count], *([0] * (len(self.exponents) - count))))
+        symbols, bits = self.symbols, _BITS * len(self.symbols.primary)
+        return symbols._intern((self.packed & ((1 << bits) - 1)) | (symbols._zero >> bits << bits))
 
     def value(self, mapping: int = 0) -> int:
         """Return the number of elements under a mapping.

@@ -25,6 +25,7 @@ from cofire.spec.operator import OperatorSpec, PrimitiveSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.precision import PrecisionSpec
 from cofire.spec.run import CheckpointSpec, DataSpec, OptimizerSpec, RunSpec, ScheduleSpec
+from cofire.spec.search import LimitsSpec, SamplingSpec, SearchSpec, WindowSpec
 from cofire.spec.spec_type import Spec
 from cofire.spec.workload import PipelineSpec, WorkloadSpec
 
@@ -38,6 +39,7 @@ __all__ = [
     "GQASpec",
     "HostSpec",
     "KernelRate",
+    "LimitsSpec",
     "MLASpec",
     "MTPSpec",
     "MatrixRate",
@@ -52,9 +54,12 @@ __all__ = [
     "PrimitiveSpec",
     "RopeSpec",
     "RunSpec",
+    "SamplingSpec",
     "ScaleUpSpec",
     "ScheduleSpec",
+    "SearchSpec",
     "Spec",
+    "WindowSpec",
     "WorkloadSpec",
     "YarnSpec",
     "diff",

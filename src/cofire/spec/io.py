@@ -30,6 +30,7 @@ from cofire.spec.model import ModelSpec
 from cofire.spec.operator import OperatorSpec
 from cofire.spec.parallel import ParallelSpec
 from cofire.spec.run import RunSpec
+from cofire.spec.search import SearchSpec
 from cofire.spec.spec_type import Spec
 from cofire.spec.workload import WorkloadSpec
 
@@ -40,6 +41,7 @@ KINDS: dict[str, type[Spec]] = {
     "run": RunSpec,
     "workload": WorkloadSpec,
     "operator": OperatorSpec,
+    "search": SearchSpec,
 }
 
 # The name of the one cluster that is no preset: it is measured where it is used.

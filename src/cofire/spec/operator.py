@@ -112,25 +112,10 @@ class OperatorSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_symbols()
+        check_symbols(self.primary, self.coefficient, self.mappings)
         self._check_dims()
         self._check_weights()
         return self
-
-    def _check_symbols(self) -> None:
-        symbols = (*self.primary, *self.coefficient)
-        twice = _first_repeated(symbols)
-        if twice is not None:
-            raise ValueError(f"symbol {twice!r} is declared twice; a symbol is primary or a coefficient")
-        if not self.mappings:
-            raise ValueError("mappings = [] must hold at least one table of numbers for the symbols")
-        for position, mapping in enumerate(self.mappings):
-            for name in symbols:
-                if name not in mapping:
-                    raise ValueError(f"mappings.{position} has no number for {name!r}; add {name} = 1 or more")
-            for name in mapping:
-                if name not in symbols:
-                    raise ValueError(f"mappings.{position}: {name!r} is no symbol{nearest(name, symbols)}")
 
     def _check_dims(self) -> None:
         made: set[str] = set()
@@ -162,6 +147,27 @@ class OperatorSpec(Spec):
         for name in shared:
             if name not in listed:
                 raise ValueError(f"a share takes {name!r}, which is in no weight; name it in weights")
+
+
+def check_symbols(primary: tuple[str, ...], coefficient: tuple[str, ...], mappings: tuple[dict[str, int], ...]) -> None:
+    """Check that symbols are declared once and that every mapping gives each of them a number.
+
+    Raises:
+        ValueError: They are not, or there is no mapping; a validator's, whose text names the field.
+    """
+    symbols = (*primary, *coefficient)
+    twice = _first_repeated(symbols)
+    if twice is not None:
+        raise ValueError(f"symbol {twice!r} is declared twice; a symbol is primary or a coefficient")
+    if not mappings:
+        raise ValueError("mappings = [] must hold at least one table of numbers for the symbols")
+    for position, mapping in enumerate(mappings):
+        for name in symbols:
+            if name not in mapping:
+                raise ValueError(f"mappings.{position} has no number for {name!r}; add {name} = 1 or more")
+        for name in mapping:
+            if name not in symbols:
+                raise ValueError(f"mappings.{position}: {name!r} is no symbol{nearest(name, symbols)}")
 
 
 def _take(where: str, names: Iterable[str], made: set[str], interface: dict[str, None]) -> None:
