@@ -323,7 +323,7 @@ def test_moves_of_a_walk_are_those_that_can_end():
     [
         (["9"], "no move 9; numbers are 1 to 1"),
         (["0"], "no move 0; numbers are 1 to 1"),
-        (["fly"], "'fly' is no command; a number, back, random"),
+        (["fly"], "'fly' is no command; a number or a kind, back, random"),
         (["help"], "save FILE.toml"),
         (["finish"], "the interface is not the input yet"),
         (["back"], "this is where the walk begins"),
@@ -430,3 +430,7 @@ def test_shells_are_offered_presets_of_the_right_kind():
     assert complete_search("co") == ["conv1d", "conv2d"]
     assert complete_operator("operator_") == ["operator_1", "operator_2"]
     assert complete_source("g") == ["gpt2_qkv", "gpt2_projection"]
+
+
+def test_a_kind_may_be_called_by_its_name():
+    assert walked("reduce", "1", "contract", "1") == walked("1", "1", "1", "1")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cofire.search.sampling import Moves
     from cofire.spec import SearchSpec
 
-_HELP = "a number, back, random, finish, save FILE.toml, html FILE.html, show, help, quit"
+_HELP = "a number or a kind, back, random, finish, save FILE.toml, html FILE.html, show, help, quit"
 _TRIES = 64  # random completions before a walk gives up
 _BACKTRACKS = 40
 
@@ -179,6 +179,9 @@ class Explorer:
         try:
             if word.isdecimal():
                 self._pick(int(word))
+            elif word in self._kinds and word not in commands:
+                self._kind = word
+                self.show()
             elif word in commands:
                 commands[word]()
             else:
