@@ -310,8 +310,82 @@ def weight_read_on_its_diagonal() -> Case:
     return Case(operator, function)
 
 
-def operator_1() -> Case:
-    build = begin("B C D H W", "g k R", B=2, C=4, D=3, H=4, W=5, g=2, k=3, R=2)
+def taps_shared_by_two_weights(s: int) -> Case:
+    """The offset of a window, with a stride, in both weights: neither alone is a convolution's."""
+    build = begin("B C D H", "k R s", B=2, C=3, D=4, H=9, k=3, R=2, s=s)
+    b, d, h = build.output("B", "D", "H")
+    c, a, rank = build.reduce("C", "k", "R")
+    a, rank = build.contract([a, rank], [d])
+    c, a = build.contract([c, a], [rank])
+    operator = build.finish(b, c, build.unfold(h, build.stride(a, "s") if s > 1 else a))
+    left = s * 3 // 2
+
+    def function(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return F.conv1d(F.pad(x, (left, 2 * s - left)), torch.einsum("ard,car->dca", w1, w2), dilation=s)
+
+    return Case(operator, function)
+
+
+def convolution_of_joined_places() -> Case:
+    """The window slides along two dims of the output joined."""
+    build = begin("B C D H", "k s", B=2, C=3, D=4, H=5, k=3, s=2)
+    b, d, h, i = build.output("B", "D", "H", "s")
+    c, a = build.reduce("C", "k")
+    c, a = build.contract([c, a], [d])
+    operator = build.finish(b, c, build.unfold(build.split(h, i), a))
+    return Case(operator, lambda x, w: F.conv1d(x, w.permute(2, 0, 1), padding=1).unflatten(2, (5, 2)))
+
+
+def convolution_within_blocks() -> Case:
+    """The window slides along half a dim of the output, and sees nothing of the next block."""
+    build = begin("B C D H", "k s", B=2, C=3, D=4, H=5, k=3, s=2)
+    b, d, h = build.output("B", "D", "s*H")
+    c, a = build.reduce("C", "k")
+    c, a = build.contract([c, a], [d])
+    block, h = build.merge(h, "H")
+    operator = build.finish(b, block, c, build.unfold(h, a))
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x.transpose(1, 2), w.permute(2, 0, 1)[:, :, None], padding=(0, 1)).flatten(2)
+
+    return Case(operator, function)
+
+
+def convolution_with_two_batches() -> Case:
+    build = begin("B N C D H", "k", B=2, N=3, C=4, D=5, H=6, k=3)
+    b, n, d, h = build.output("B", "N", "D", "H")
+    c, a = build.reduce("C", "k")
+    c, a = build.contract([c, a], [d])
+    operator = build.finish(b, n, c, build.unfold(h, a))
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        y = F.conv1d(x.flatten(0, 1), w.permute(2, 0, 1), padding=1)
+        return y.unflatten(0, x.shape[:2])
+
+    return Case(operator, function)
+
+
+def projection_ahead_of_three_places() -> Case:
+    build = begin("B C D H W L", B=2, C=3, D=4, H=2, W=3, L=4)
+    b, d, h, w, s = build.output("B", "D", "H", "W", "L")
+    (c,) = build.reduce("C")
+    (c,) = build.contract([c], [d])
+    return Case(build.finish(b, c, h, w, s), lambda x, w: torch.einsum("bchwl,cd->bdhwl", x, w))
+
+
+def groups_that_share_their_weight() -> Case:
+    build = begin("B C D H", "g k", B=2, C=6, D=4, H=9, g=3, k=3)
+    b, d, h = build.output("B", "g*D", "H")
+    group, d = build.merge(d, "D")
+    c, a = build.reduce("C/g", "k")
+    c, a = build.contract([c, a], [d])
+    operator = build.finish(b, build.split(group, c), build.unfold(h, a))
+    return Case(operator, lambda x, w: F.conv1d(x, w.permute(2, 0, 1).repeat(3, 1, 1), padding=1, groups=3))
+
+
+def operator_1(**numbers: int) -> Case:
+    sizes = {"B": 2, "C": 4, "D": 3, "H": 4, "W": 5, "g": 2, "k": 3, "R": 2} | numbers
+    build = begin("B C D H W", "g k R", **sizes)
     b, d, h, w = build.output("B", "D", "H", "W")
     group, i, j, rank, c = build.reduce("g", "k", "k", "R", "C/g")
     group, i, j, rank = build.contract([group, i, j, rank], [d])
@@ -325,8 +399,9 @@ def operator_1() -> Case:
     return Case(operator, function)
 
 
-def operator_2() -> Case:
-    build = begin("B C D H W", "g k R", B=2, C=4, D=3, H=4, W=5, g=2, k=3, R=2)
+def operator_2(**numbers: int) -> Case:
+    sizes = {"B": 2, "C": 4, "D": 3, "H": 4, "W": 5, "g": 2, "k": 3, "R": 2} | numbers
+    build = begin("B C D H W", "g k R", **sizes)
     b, d, h, w = build.output("B", "D", "H", "W")
     group, i, rank, c, j = build.reduce("g", "k", "R", "C/g", "k")
     group, i, rank = build.contract([group, i, rank], [d])
@@ -335,7 +410,7 @@ def operator_2() -> Case:
 
     def function(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         rows = F.pad(x.roll(-1, 2), (0, 0, 1, 1)).unfold(2, 3, 1)
-        windows = F.pad(rows, (0, 0, 1, 1)).unfold(3, 3, 1).unflatten(1, (2, 2))
+        windows = F.pad(rows, (0, 0, 1, 1)).unfold(3, 3, 1).unflatten(1, (sizes["g"], -1))
         return torch.einsum("bgchwij,girD,cjr->bDhw", windows, w1, w2)
 
     return Case(operator, function)
@@ -386,6 +461,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "weight on a window": weight_on_a_window,
     "weights in the way": weights_that_stand_in_each_others_way,
     "weight on its diagonal": weight_read_on_its_diagonal,
+    "shared taps": lambda: taps_shared_by_two_weights(1),
+    "shared taps s=2": lambda: taps_shared_by_two_weights(2),
+    "joined places": convolution_of_joined_places,
+    "within blocks": convolution_within_blocks,
+    "two batches": convolution_with_two_batches,
+    "three places": projection_ahead_of_three_places,
+    "shared groups": groups_that_share_their_weight,
     "operator 1": operator_1,
     "operator 2": operator_2,
     "gpt-2": gpt2_operator,

@@ -2,12 +2,13 @@
 
 from cofire.search.lowering.gather import GatherKernel
 from cofire.search.lowering.loop_nest import loop_nest, loop_nest_gradients
-from cofire.search.lowering.module import LoweredOperator, initial_deviations, lower
+from cofire.search.lowering.module import COMPILE_OPTIONS, LoweredOperator, initial_deviations, lower
 from cofire.search.lowering.optimised import OptimisedKernel
-from cofire.search.lowering.planner import Plan, plan
+from cofire.search.lowering.planner import Plan, plan, plans
 from cofire.search.lowering.source import write_source
 
 __all__ = [
+    "COMPILE_OPTIONS",
     "GatherKernel",
     "LoweredOperator",
     "OptimisedKernel",
@@ -17,5 +18,6 @@ __all__ = [
     "loop_nest_gradients",
     "lower",
     "plan",
+    "plans",
     "write_source",
 ]

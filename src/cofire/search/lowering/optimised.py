@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cofire.search.graph import Operator
-from cofire.search.lowering.planner import plan
+from cofire.search.lowering.planner import Plan, plan
 
 
 class OptimisedKernel(nn.Module):
@@ -20,14 +20,15 @@ class OptimisedKernel(nn.Module):
     Args:
         operator: The operator.
         mapping: Which mapping gives the sizes.
+        steps: Another of the operator's plans than that of least work; see :func:`planner.plans`.
 
     Raises:
         SearchError: There is no such mapping.
     """
 
-    def __init__(self, operator: Operator, mapping: int = 0) -> None:
+    def __init__(self, operator: Operator, mapping: int = 0, steps: Plan | None = None) -> None:
         super().__init__()
-        self.plan = plan(operator, mapping)
+        self.plan = plan(operator, mapping) if steps is None else steps
         self._signature = self.plan.bound.signature
         self._masks = self.plan.bound.shape(self.plan.bound.masks)
 

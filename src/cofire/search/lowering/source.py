@@ -8,7 +8,7 @@ from cofire.errors import SearchError
 from cofire.search.graph import Operator
 from cofire.search.lowering.module import initial_deviations
 from cofire.search.lowering.planner import Plan, plan
-from cofire.search.lowering.steps import Contract, Convolve, Step
+from cofire.search.lowering.steps import Contract, Convolve, Step, inverse, storage_order
 
 _LINE_LENGTH = 120
 _TEMPLATE = '''\
@@ -68,13 +68,17 @@ def _imports(body: str, has_weights: bool) -> str:
 
 
 def _weights(found: Plan) -> list[str]:
+    """Return the lines that make the weights, each drawn in the order of dims that its convolution reads."""
     bound = found.bound
     rows = zip(bound.operator.weight_coordinates, bound.weight_shapes, initial_deviations(bound), strict=True)
-    return [
-        f"        # [{', '.join(map(str, dims))}]\n"
-        f"        self.w{k} = nn.Parameter(torch.randn({', '.join(map(str, shape))}) * {deviation:.6g})\n"
-        for k, (dims, shape, deviation) in enumerate(rows)
-    ]
+    lines = []
+    for k, (dims, shape, deviation) in enumerate(rows):
+        order = storage_order(found.steps, f"w{k}", len(shape))
+        made = f"torch.randn({', '.join(str(shape[dim]) for dim in order)}) * {deviation:.6g}"
+        if order != tuple(range(len(order))):
+            made = f"({made}).permute({', '.join(map(str, inverse(order)))})"
+        lines.append(f"        # [{', '.join(map(str, dims))}]\n        self.w{k} = nn.Parameter({made})\n")
+    return lines
 
 
 def _body(found: Plan) -> str:
@@ -82,9 +86,13 @@ def _body(found: Plan) -> str:
     lines = [f"        # x: [{', '.join(map(str, bound.input))}]"]
     lines += [f"        m{k} = x.new_ones({bound.size(dim)})  # [{dim}]" for k, dim in enumerate(bound.masks)]
     for step, labels in zip(found.steps, found.labels, strict=True):
-        statement, comment = f"        {step.name} = {_owned(step).code()}", f"# [{', '.join(labels)}]"
+        owned, indent = _owned(step), " " * 8
+        statement, comment = f"{indent}{step.name} = {owned.code()}", f"# [{', '.join(labels)}]"
+        if len(statement) > _LINE_LENGTH and isinstance(owned, Convolve):
+            lines.append(f"{indent}kernel = {owned.kernel()}")
+            statement = f"{indent}{step.name} = {owned.call('kernel')}"
         fits = len(statement) + 2 + len(comment) <= _LINE_LENGTH
-        lines += [f"{statement}  {comment}"] if fits else [f"        {comment}", statement]
+        lines += [f"{statement}  {comment}"] if fits else [f"{indent}{comment}", statement]
     return "\n".join(lines)
 
 
