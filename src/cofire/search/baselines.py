@@ -11,17 +11,22 @@ from typing import ClassVar
 from cofire.errors import SearchError
 from cofire.search.graph import Operator
 from cofire.search.interface import Interface
-from cofire.search.sampling import FINISH, Reward, Searcher
+from cofire.search.sampling import Reward, Searcher
+from cofire.search.searcher import FINISH, AbstractSearcher, Result, State
 from cofire.search.space import Space
 
-_ATTEMPTS = 1000  # completions that may fail in a row before random search gives up
 
+class AbstractRandomSearch(AbstractSearcher[State, Result, None]):
+    """Random completions from the root, whatever the rewards.
 
-class RandomSearch(Searcher[None]):
-    """Walks from a random choice of reductions, guided by the shape distance and by no reward."""
+    Attributes:
+        attempts: How many completions may fail in a row before the search gives up.
+    """
 
-    def _sample(self) -> tuple[Operator, None] | None:
-        for _ in range(_ATTEMPTS):
+    attempts: ClassVar[int] = 1000
+
+    def _sample(self) -> tuple[Result, None] | None:
+        for _ in range(self.attempts):
             walk = self.moves.complete(self.moves.root, self.random)
             if walk is not None:
                 return walk.operator, None
@@ -29,6 +34,10 @@ class RandomSearch(Searcher[None]):
 
     def _learn(self, trace: None, reward: float | None) -> None:
         pass
+
+
+class RandomSearch(AbstractRandomSearch[Interface, Operator], Searcher[None]):
+    """Walks from a random choice of reductions, guided by the shape distance and by no reward."""
 
 
 @dataclass

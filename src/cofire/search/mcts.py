@@ -1,7 +1,7 @@
-"""Monte Carlo tree search over primitive graphs (Syno, search algorithm).
+"""Monte Carlo tree search over primitive graphs (Syno, search algorithm), or over whatever else has moves.
 
-- A node is an interface, found again by its digest whatever order its primitives came in. It holds two-step choices: an
-  edge for each kind of primitive, and under it an edge for each set of arguments.
+- A node is an interface or another state, found again by its digest whatever order its primitives came in. It holds
+  two-step choices: an edge for each kind of primitive, and under it an edge for each set of arguments.
 - Edges are chosen by UCB1-tuned over rewards scaled to [0, 1]:
   mean + c * sqrt(ln N / n * min(1/4, variance + sqrt(2 ln N / n))) - 0.3 * virtual loss; untried ones come first.
 - Progressive widening: floor(N ^ 0.8) children of a kind are revealed. Which comes next is RAVE's word: what this step
@@ -17,13 +17,14 @@ The constant c is sqrt(2) by default and not 4 * sqrt(2), which searches all but
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import floor, log, sqrt
-from typing import ClassVar, TypeVar
+from math import floor, inf, log, sqrt
+from typing import ClassVar, Generic, TypeVar
 
 from cofire.errors import SearchError
 from cofire.search.graph import Operator
 from cofire.search.interface import Interface
-from cofire.search.sampling import FINISH, Reward, Searcher, step_key
+from cofire.search.sampling import Reward, Searcher
+from cofire.search.searcher import FINISH, AbstractSearcher, Result, State
 from cofire.search.space import Space
 
 _WIDENING = 0.8
@@ -75,103 +76,95 @@ class _Edge:
 
 
 @dataclass
-class _Child(_Edge):
-    """A choice of arguments and where it leads: a node, or a finished operator."""
+class _Child(_Edge, Generic[State, Result]):
+    """A choice of arguments and where it leads: a node, or a result."""
 
     key: str = ""
-    node: _Node | None = None
-    operator: Operator | None = None
+    node: _Node[State, Result] | None = None
+    operator: Result | None = None
 
 
 @dataclass
-class _Kind(_Edge):
-    """A choice of a kind: children revealed, and the rest by key, in the order of generation; none: not generated."""
+class _Kind(_Edge, Generic[State, Result]):
+    """A choice of a kind: children revealed, and the rest with keys, as generated; none: not generated.
 
-    revealed: list[_Child] = field(default_factory=list)
-    hidden: dict[str, Interface | Operator] | None = None
+    What is hidden is a state that was not tested, or a child that is a result.
+    """
+
+    name: str = ""
+    revealed: list[_Child[State, Result]] = field(default_factory=list)
+    hidden: list[tuple[str, State | _Child[State, Result]]] | None = None
 
 
 AnyEdge = TypeVar("AnyEdge", bound=_Edge)
 
 
-class _Node:
-    """An interface in the tree."""
+class _Node(Generic[State, Result]):
+    """A state in the tree."""
 
     __slots__ = ("closed", "kinds", "rave", "state", "stats")
 
-    def __init__(self, state: Interface, kinds: list[str]) -> None:
+    def __init__(self, state: State, kinds: list[str]) -> None:
         self.state = state
-        self.kinds = {kind: _Kind() for kind in kinds}
+        self.kinds: dict[str, _Kind[State, Result]] = {kind: _Kind(name=kind) for kind in kinds}
         self.stats = Statistics()
         self.rave: dict[str, Statistics] = {}
         self.closed = False
 
 
 @dataclass
-class _Trace:
+class TreeTrace(Generic[State, Result]):
     """The way to a sample: edges passed with their nodes, and the names of all steps, those of the completion too."""
 
-    nodes: list[_Node]
+    nodes: list[_Node[State, Result]]
     edges: list[_Edge]
     keys: list[str]
 
 
-class TreeSearch(Searcher[_Trace]):
+class AbstractTreeSearch(AbstractSearcher[State, Result, TreeTrace[State, Result]]):
     """Monte Carlo tree search; see the module.
 
     Attributes:
         exploration: c of UCB1-tuned.
+        attempts: How many completions may fail in a row before the search gives up.
     """
 
     patience: ClassVar[int] = 20_000
-
-    def __init__(
-        self, space: Space, depth: int, reward: Reward, seed: int = 0, *, exploration: float = sqrt(2.0)
-    ) -> None:
-        """Start a search.
-
-        Args:
-            space: The search space.
-            depth: Most steps of an operator.
-            reward: What an operator is worth; scaled by the best and the worst so far.
-            seed: Where all random choices come from.
-            exploration: c of UCB1-tuned; Syno takes 4 * sqrt(2).
-
-        Raises:
-            SearchError: Exploration below 0, or a space that cannot end within ``depth`` steps.
-        """
-        if exploration < 0:
-            raise SearchError(f"exploration = {exploration} would seek the worst known; give 0 or more")
-        self.exploration = exploration
-        super().__init__(space, depth, reward, seed)
+    attempts: ClassVar[float] = inf
+    exploration: float = sqrt(2.0)
 
     def _begin(self) -> None:
+        if self.exploration < 0:
+            raise SearchError(f"exploration = {self.exploration} would seek the worst known; give 0 or more")
         super()._begin()
-        self._nodes: dict[int, _Node] = {}
+        self._nodes: dict[int, _Node[State, Result]] = {}
         self._rave: dict[str, Statistics] = {}
         root = self.moves.root
-        self._top = _Node(root, self.moves.kinds(root))
+        self._top: _Node[State, Result] = _Node(root, self.moves.kinds(root))
 
-    def _sample(self) -> tuple[Operator, _Trace] | None:
-        while not self._top.closed:
-            trace = _Trace([], [], [])
+    def _sample(self) -> tuple[Result, TreeTrace[State, Result]] | None:
+        failed = 0
+        while not self._top.closed and failed < self.attempts:
+            trace = TreeTrace[State, Result]([], [], [])
             leaf = self._descend(trace)
-            if isinstance(leaf, Operator):
-                self._fly(trace, 1)
-                return leaf, trace
             if leaf is None:
                 continue
-            walk = self.moves.complete(leaf.state, self.random)
+            if leaf.operator is not None:
+                self._fly(trace, 1)
+                return leaf.operator, trace
+            assert leaf.node is not None
+            walk = self.moves.complete(leaf.node.state, self.random)
             if walk is not None:
                 trace.keys += walk.keys
                 self._fly(trace, 1)
                 return walk.operator, trace
+            failed += 1
             for edge in trace.edges:
                 edge.failures += 1
         return None
 
-    def _descend(self, trace: _Trace) -> _Node | Operator | None:
-        """Follow the tree to a new node or an end; none: a node on the way closed, and the top is to be tried again."""
+    def _descend(self, trace: TreeTrace[State, Result]) -> _Child[State, Result] | None:
+        """Follow the tree to a new node or a result; none: a node on the way closed, and it is to be tried again."""
         node = self._top
         while True:
             kind = self._choose_kind(node)
@@ -187,49 +180,51 @@ class TreeSearch(Searcher[_Trace]):
             trace.keys.append(child.key)
             if child.operator is not None:
                 kind.revealed.remove(child)
-                return child.operator
+                return child
             assert child.node is not None
             if child.visits == 0 and child.flying == 0:
-                return child.node
+                return child
             node = child.node
 
-    def _drop_kind(self, node: _Node, gone: _Kind) -> None:
+    def _drop_kind(self, node: _Node[State, Result], gone: _Kind[State, Result]) -> None:
         node.kinds = {name: kind for name, kind in node.kinds.items() if kind is not gone}
         if not node.kinds:
             node.closed = True
 
-    def _choose_kind(self, node: _Node) -> _Kind | None:
+    def _choose_kind(self, node: _Node[State, Result]) -> _Kind[State, Result] | None:
         """Return an untried kind, else the best by UCB; none: the node is closed."""
         kinds = list(node.kinds.values())
         return self._best(node.stats, kinds) if kinds else None
 
-    def _choose_child(self, node: _Node, kind: _Kind) -> _Child | None:
+    def _choose_child(self, node: _Node[State, Result], kind: _Kind[State, Result]) -> _Child[State, Result] | None:
         """Return the child of a kind to follow, after widening; none: the kind has none left."""
         kind.revealed = [child for child in kind.revealed if child.node is None or not child.node.closed]
         hidden = self._hidden(node, kind)
         wanted = max(1, floor((kind.visits + kind.flying) ** _WIDENING))
         while hidden and len(kind.revealed) < wanted:
-            names = list(hidden)
-            if len(names) > _SHORTLIST:
-                names = self.random.sample(names, _SHORTLIST)
-            key = max(names, key=lambda name: self._promise(node, name))
-            self._reveal(kind, key, hidden.pop(key))
+            shown = range(len(hidden))
+            if len(hidden) > _SHORTLIST:
+                shown = self.random.sample(shown, _SHORTLIST)
+            self._reveal(kind, *hidden.pop(max(shown, key=lambda k: self._promise(node, hidden[k][0]))))
         return self._best(kind.stats, kind.revealed) if kind.revealed else None
 
-    def _hidden(self, node: _Node, kind: _Kind) -> dict[str, Interface | Operator]:
+    def _hidden(
+        self, node: _Node[State, Result], kind: _Kind[State, Result]
+    ) -> list[tuple[str, State | _Child[State, Result]]]:
         if kind.hidden is None:
-            name = next(name for name, other in node.kinds.items() if other is kind)
-            if name == FINISH:
-                kind.hidden = {f"{operator.digest:x}": operator for operator in self.moves.ends(node.state)}
+            before = node.state
+            if kind.name == FINISH:
+                ends = [(f"{end.digest:x}", end) for end in self.moves.ends(before)]
+                kind.hidden = [(key, _Child(key=key, operator=end)) for key, end in ends]
             else:
-                children = self.moves.candidates(node.state, name)
-                kind.hidden = {step_key(node.state, child): child for child in children}
+                children = self.moves.candidates(before, kind.name)
+                kind.hidden = [(self.moves.key(before, child), child) for child in children]
         return kind.hidden
 
-    def _reveal(self, kind: _Kind, key: str, target: Interface | Operator) -> None:
-        """Add a child if it can end; this is the only place where the tree asks for the shape distance."""
-        if isinstance(target, Operator):
-            kind.revealed.append(_Child(key=key, operator=target))
+    def _reveal(self, kind: _Kind[State, Result], key: str, target: State | _Child[State, Result]) -> None:
+        """Add a child if it can end; this is the only place where the tree asks whether it can."""
+        if isinstance(target, _Child):
+            kind.revealed.append(target)
         elif self.moves.keeps(target):
             node = self._nodes.get(target.digest)
             if node is None:
@@ -259,7 +254,7 @@ class TreeSearch(Searcher[_Trace]):
     def _scale(self) -> float:
         return 1 / (self.highest - self.lowest) if self.highest > self.lowest else 0.0
 
-    def _promise(self, node: _Node, key: str) -> float:
+    def _promise(self, node: _Node[State, Result], key: str) -> float:
         """Return how much RAVE expects of a step below a node, mixed with noise."""
         local = node.rave.get(key)
         bias = _RAVE_BIAS / (_RAVE_BIAS + (local.count if local else 0))
@@ -271,11 +266,11 @@ class TreeSearch(Searcher[_Trace]):
             return 0.0
         return self.scaled(stats.mean) + self._scale * sqrt(stats.variance) - 1 / stats.count
 
-    def _fly(self, trace: _Trace, change: int) -> None:
+    def _fly(self, trace: TreeTrace[State, Result], change: int) -> None:
         for edge in trace.edges:
             edge.flying += change
 
-    def _learn(self, trace: _Trace, reward: float | None) -> None:
+    def _learn(self, trace: TreeTrace[State, Result], reward: float | None) -> None:
         self._fly(trace, -1)
         for edge in trace.edges:
             if reward is None:
@@ -290,3 +285,25 @@ class TreeSearch(Searcher[_Trace]):
             node.stats.add(reward)
             for key in trace.keys[k:]:
                 node.rave.setdefault(key, Statistics()).add(reward)
+
+
+class TreeSearch(AbstractTreeSearch[Interface, Operator], Searcher[TreeTrace[Interface, Operator]]):
+    """Monte Carlo tree search over the operators of a space; see the module."""
+
+    def __init__(
+        self, space: Space, depth: int, reward: Reward, seed: int = 0, *, exploration: float = sqrt(2.0)
+    ) -> None:
+        """Start a search.
+
+        Args:
+            space: The search space.
+            depth: Most steps of an operator.
+            reward: What an operator is worth; scaled by the best and the worst so far.
+            seed: Where all random choices come from.
+            exploration: c of UCB1-tuned; Syno takes 4 * sqrt(2).
+
+        Raises:
+            SearchError: Exploration below 0, or a space that cannot end within ``depth`` steps.
+        """
+        self.exploration = exploration
+        super().__init__(space, depth, reward, seed)

@@ -1,14 +1,15 @@
 """What an operator is worth, by name: rewards that a spec can ask for.
 
 A reward is a function of an operator; higher is better, and a number that is not finite fails the operator, as do the
-limits of the spec's window, which are looked at first. The two here need no training. Both are *modelled*: they say
-what an operator costs or could hold, not how well it learns.
+limits of the spec's window, which are looked at first. Two need no training and are *modelled*: they say what an
+operator costs or could hold, not how well it learns. The third is *measured*.
 
 - ``multiply_adds``: one minus its multiply-adds over those of the baseline; where there is none, over the most that the
   window admits.
 - ``capacity``: its independent parameters, per parameter of the baseline where there is one. They are its parameters
   times the rank of the Jacobian to the weights over their number, at the sizes of ``fingerprint.probe_sizes``: of two
   windows over one dim only the taps that differ count. The most that fits the window is what a search for it seeks.
+- ``proxy_accuracy``: how well a small network of the operator learns drawn pictures (``evaluate``); seconds each.
 """
 
 from __future__ import annotations
@@ -123,10 +124,18 @@ def _capacity(spec: SearchSpec, baseline: Operator | None) -> Reward:
     return Capacity(1 if baseline is None else max(1, total_parameters(baseline)))
 
 
+def _proxy_accuracy(spec: SearchSpec, baseline: Operator | None) -> Reward:
+    from cofire.search.evaluate import proxy_accuracy  # needs torch
+
+    return proxy_accuracy(spec, baseline)
+
+
 REWARDS: dict[str, Callable[[SearchSpec, Operator | None], Reward]] = {
     "multiply_adds": _few_multiply_adds,
     "capacity": _capacity,
+    "proxy_accuracy": _proxy_accuracy,
 }
+MEASURED = frozenset({"proxy_accuracy"})  # the others are modelled
 
 
 def make_reward(spec: SearchSpec) -> Within:

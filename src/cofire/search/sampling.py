@@ -1,52 +1,47 @@
-"""Search by sampling: moves of a space tried one at a time, random completions, and what every searcher shares.
+"""Search by sampling: moves of a space tried one at a time, and random completions.
 
 A walk takes two choices a step, the kind of primitive and then its arguments (Syno, search algorithm). Validity is
 lazy: a child is picked first and the shape distance is asked for it alone, so that a walk asks about as often as it has
 steps and not for every child it might have had. An interface found to have no child that can end is remembered as dead.
-
-A searcher is a state machine: it proposes operators and learns their rewards, oldest first. All it does follows from
-its seed and these rewards, so its state is the list of events, and restoring replays them without asking for a reward.
 
 Left out: training and latency; a reward is any function of an operator.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
-from math import ceil, inf, isfinite
+from math import ceil
 from random import Random
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 from cofire.errors import SearchError
+from cofire.search import searcher
 from cofire.search.distance import INFINITE
 from cofire.search.enumeration import Synthesis
 from cofire.search.graph import Operator
 from cofire.search.interface import Contraction, Interface, Step, may_be_outer
 from cofire.search.primitives import Dim, MergeMajor, Reduction, Share, Shift, Split
+from cofire.search.searcher import FINISH, AbstractSearcher, Trace, Walk
 from cofire.search.sizes import Allowance
 from cofire.search.space import Guidance, Space
 
-FINISH = "finish"
 KINDS: tuple[Step, ...] = ("contract", "expand", "merge", "shift", "split", "stride", "unfold")
 Reward = Callable[[Operator], float]
-Event = float | str | None  # a reward, "failed", or none for a proposal
+Found = searcher.Found[Operator]
 
 _CACHED = 1 << 15  # interfaces whose moves are kept; a random walk passes the lower ones again and again
 _RECENT = 100  # completions that the success rate is taken over (Syno)
 _EARLY = 0.5  # how often a walk tries a reduction first while it may, and then a contraction until it has a weight
 _DIRECT = 0.7  # how often a step is sought that lowers the distance
-_DETOUR = 0.6  # how often one is taken all the same that leaves it a step longer than it could be
+_DETOUR = 0.25  # how often one is taken all the same that leaves it a step longer than it could be
 _LEAST = 0.05  # of the promise of a step
-_DEFERRED = 12  # children that do not, before the nearest of them is taken after all
-_MOST_TRIALS = 64
-_BACKTRACKS = 40  # of one completion: dead ends lie within a few steps of the end, where all children are soon tried
-_VERSION = 1
+_DEFERRED = 6  # children that do not, before the nearest of them is taken after all
+_MOST_TRIALS = 6  # of one start: below a tree most starts lead nowhere
+_BACKTRACKS = 4  # of one completion; a new start is worth more than going further back
 
 
 def step_key(before: Interface, after: Interface) -> str:
@@ -69,19 +64,6 @@ _Put = tuple[int, ...]
 def _put(before: Interface, after: Interface) -> _Put:
     """Return what tells a step from others on whatever interface: the dims that it puts on."""
     return tuple(dim.digest for dim in after.dims if dim not in before.dims)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A completed walk.
-
-    Attributes:
-        operator: Where it ended.
-        keys: Names of its steps, in order; the last is the end itself.
-    """
-
-    operator: Operator
-    keys: tuple[str, ...]
 
 
 class Moves(Synthesis):
@@ -255,7 +237,7 @@ class Moves(Synthesis):
         """Remember that an interface has no child that can end."""
         self._dead.add(state.digest)
 
-    def walk(self, state: Interface, random: Random, backtracks: int = 0) -> Walk | None:
+    def walk(self, state: Interface, random: Random, backtracks: int = 0) -> Walk[Operator] | None:
         """Complete an interface at random, or return none where that fails.
 
         Guided, a walk mostly seeks a step that lowers the distance, and takes reductions and the first weight early;
@@ -270,7 +252,7 @@ class Moves(Synthesis):
         while passed:
             after = self._pick(passed[-1], random)
             if isinstance(after, Operator):
-                self._remember(tried, {_put(before, then) for before, then in pairwise(passed)})
+                self.remember(tried, {_put(before, then) for before, then in pairwise(passed)})
                 keys = [step_key(before, then) for before, then in pairwise(passed)]
                 return Walk(after, (*keys, f"{after.digest:x}"))
             if after is not None:
@@ -281,11 +263,16 @@ class Moves(Synthesis):
                 break
             backtracks -= 1
             passed.pop()
-        self._remember(tried, set())
+        self.remember(tried, set())
         return None
 
-    def _remember(self, tried: list[_Put], ended: set[_Put]) -> None:
-        """Count a walk's steps, and those that were on the way to an end."""
+    def remember(self, tried: list[_Put], ended: set[_Put]) -> None:
+        """Count a walk's steps, and those that were on the way to an end; steps are tried by what came of them.
+
+        Args:
+            tried: What each step put on the interface.
+            ended: What those did that led to an operator.
+        """
         if len(self._tally) >= _CACHED:
             self._tally.clear()
         for put in tried:
@@ -309,9 +296,8 @@ class Moves(Synthesis):
             kinds.remove(early)
             kinds.insert(0, early)
         aims = self.guidance != "none" and random.random() < _DIRECT
-        next_to = self.ahead(state) - 1
+        next_to = min(self.ahead(state), self.depth - state.depth) - 1
         deferred: list[tuple[int, int, Interface]] = []
-        unlikely: list[Interface] = []
         for kind in kinds:
             if kind == FINISH:
                 return random.choice(self.ends(state))
@@ -320,24 +306,19 @@ class Moves(Synthesis):
                 k = random.randrange(len(children))
                 children[k], children[-1] = children[-1], children[k]
                 child = children.pop()
-                if random.random() >= self._promise(state, child):
-                    unlikely.append(child)
-                elif self.keeps(child):
-                    excess = max(0, self.ahead(child) - next_to) if aims else 0
-                    if random.random() < _DETOUR**excess:
-                        return child
-                    deferred.append((excess, len(deferred), child))
-                    if len(deferred) == _DEFERRED:
-                        return min(deferred)[-1]
-        if deferred:
-            return min(deferred)[-1]
-        for child in unlikely:
-            if self.keeps(child):
-                return child
-        self.bury(state)
-        return None
+                if not self.keeps(child):
+                    continue
+                excess = max(0, self.ahead(child) - next_to) if aims else 0
+                if random.random() < _DETOUR**excess * self._promise(state, child):
+                    return child
+                deferred.append((excess, len(deferred), child))
+                if len(deferred) == _DEFERRED:
+                    return min(deferred)[-1]
+        if not deferred:
+            self.bury(state)
+        return min(deferred)[-1] if deferred else None
 
-    def complete(self, state: Interface, random: Random) -> Walk | None:
+    def complete(self, state: Interface, random: Random) -> Walk[Operator] | None:
         """Walk until one walk ends, as often as recent success makes it likely (Syno, adaptive rollouts), or give up.
 
         Args:
@@ -355,38 +336,18 @@ class Moves(Synthesis):
                 return None
         return None
 
-
-@dataclass(frozen=True)
-class Found:
-    """One evaluated operator.
-
-    Attributes:
-        operator: The operator.
-        reward: Its reward.
-        evaluation: Which evaluation of the search it was, from 0.
-    """
-
-    operator: Operator
-    reward: float
-    evaluation: int
+    def key(self, before: Interface, after: Interface) -> str:
+        """Return the name of a step, ``step_key``."""
+        return step_key(before, after)
 
 
-Trace = TypeVar("Trace")
-
-
-class Searcher(ABC, Generic[Trace]):
-    """Proposes operators of a space and learns from their rewards; no operator is evaluated twice.
+class Searcher(AbstractSearcher[Interface, Operator, Trace]):
+    """A searcher of a space of operators; how it searches, its subclasses say.
 
     Attributes:
         space: The search space.
         depth: Most steps of an operator.
-        reward: What an operator is worth; higher is better, and a number that is not finite is a failed operator.
-        seed: Where all random choices come from.
-        moves: The moves of the space.
-        patience: How many known operators in a row are met before the space counts as spent.
     """
-
-    patience: ClassVar[int] = 1000
 
     def __init__(self, space: Space, depth: int, reward: Reward, seed: int = 0) -> None:
         """Start a search.
@@ -400,153 +361,14 @@ class Searcher(ABC, Generic[Trace]):
         Raises:
             SearchError: No interface of the space can end within ``depth`` steps.
         """
-        self.space, self.depth, self.reward, self.seed = space, depth, reward, seed
-        self._begin()
+        self.space, self.depth = space, depth
+        super().__init__(reward, seed)
 
-    def _begin(self) -> None:
-        self.moves = Moves(self.space, self.depth)
-        self.random = Random(self.seed)
-        self._events: list[Event] = []
-        self._known: dict[int, float | None] = {}  # rewards by digest; none: in flight or failed
-        self._flying: deque[tuple[Operator, Trace]] = deque()
-        self._learnt = 0
-        self.lowest, self.highest = inf, -inf
-        if not self.moves.may_begin():
+    def _new_moves(self) -> Moves:
+        moves = Moves(self.space, self.depth)
+        if not moves.may_begin():
             raise SearchError(f"no choice of reductions can reach the input in {self.depth} steps; raise depth")
+        return moves
 
-    @abstractmethod
-    def _sample(self) -> tuple[Operator, Trace] | None:
-        """Return one operator, perhaps a known one, and what learning its reward needs; none: the space is spent."""
-
-    @abstractmethod
-    def _learn(self, trace: Trace, reward: float | None) -> None:
-        """Take in the reward of a sample; none: it failed, or is in flight already."""
-
-    @property
-    def in_flight(self) -> tuple[Operator, ...]:
-        """Operators proposed and not yet learnt, oldest first."""
-        return tuple(operator for operator, _ in self._flying)
-
-    def propose(self) -> Operator | None:
-        """Return an operator that was not proposed before, or none where the searcher finds no other.
-
-        Known operators met on the way are learnt again, which costs no evaluation.
-        """
-        self._events.append(None)
-        idle = 0
-        while idle < self.patience:
-            sample = self._sample()
-            if sample is None:
-                break
-            operator, trace = sample
-            if operator.digest not in self._known:
-                self._known[operator.digest] = None
-                self._flying.append((operator, trace))
-                return operator
-            self._learn(trace, self._known[operator.digest])
-            idle += 1
-        return None
-
-    def learn(self, reward: float) -> Found | None:
-        """Take in the reward of the oldest proposal in flight; return none where the operator failed.
-
-        Args:
-            reward: Its reward; a number that is not finite is a failure.
-
-        Raises:
-            SearchError: No proposal is in flight.
-        """
-        if not self._flying:
-            raise SearchError(f"reward {reward} belongs to no proposal; call propose() first")
-        operator, trace = self._flying.popleft()
-        evaluation, self._learnt = self._learnt, self._learnt + 1
-        if not isfinite(reward):
-            self._events.append("failed")
-            self._learn(trace, None)
-            return None
-        reward = float(reward)
-        self._events.append(reward)
-        self.lowest, self.highest = min(self.lowest, reward), max(self.highest, reward)
-        self._known[operator.digest] = reward
-        self._learn(trace, reward)
-        return Found(operator, reward, evaluation)
-
-    def step(self) -> Found | None:
-        """Evaluate one new operator; none: it failed, or the searcher finds no other."""
-        if not self._flying and self.propose() is None:
-            return None
-        return self.learn(self.reward(self._flying[0][0]))
-
-    def run(self, budget: int, executor: Executor | None = None, in_flight: int = 1) -> Generator[Found, None, None]:
-        """Yield evaluated operators until ``budget`` evaluations were made or the searcher finds no other.
-
-        Results are learnt in the order of proposals, so that the outcome depends on ``in_flight`` but not on timing.
-
-        Args:
-            budget: Evaluations; failed ones count.
-            executor: Where rewards are computed; none: here, one after another.
-            in_flight: Operators evaluated at the same time.
-
-        Raises:
-            SearchError: ``in_flight`` is below 1, or above 1 without an executor.
-        """
-        if in_flight < 1 or (in_flight > 1 and executor is None):
-            raise SearchError(f"in_flight = {in_flight} needs an executor and at least 1; pass both")
-        last = self._learnt + budget
-        futures: deque[Future[float]] = deque()
-        if executor is not None:
-            futures.extend(executor.submit(self.reward, operator) for operator in self.in_flight)
-        while self._learnt < last:
-            while len(self._flying) < min(in_flight, last - self._learnt):
-                operator = self.propose()
-                if operator is None:
-                    break
-                if executor is not None:
-                    futures.append(executor.submit(self.reward, operator))
-            if not self._flying:
-                return
-            reward = futures.popleft().result() if executor is not None else self.reward(self._flying[0][0])
-            found = self.learn(reward)
-            if found is not None:
-                yield found
-
-    def state(self) -> dict[str, Any]:
-        """Return what ``restore`` needs, ready for JSON."""
-        return {
-            "version": _VERSION,
-            "searcher": type(self).__name__,
-            "depth": self.depth,
-            "seed": self.seed,
-            "events": list(self._events),
-            "last": f"{list(self._known)[-1]:x}" if self._known else "",
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go to a saved state by replaying its events; no reward is computed, and proposals in flight are so again.
-
-        Args:
-            state: What ``state`` returned in a searcher of the same kind, space, depth and options.
-
-        Raises:
-            SearchError: The state is another kind of searcher's, or its replay does not lead to the same operator.
-        """
-        for name, mine in (("version", _VERSION), ("searcher", type(self).__name__), ("depth", self.depth)):
-            if state.get(name) != mine:
-                raise SearchError(
-                    f"the state has {name} = {state.get(name)!r}, this search {mine!r}; use one that fits"
-                )
-        self.seed = state["seed"]
-        self._begin()
-        for event in state["events"]:
-            if event is None:
-                self.propose()
-            else:
-                self.learn(float("nan") if event == "failed" else event)
-        if self.state()["last"] != state["last"]:
-            raise SearchError(
-                "the state replays to other operators than it holds; give the space that it was saved with"
-            )
-
-    def scaled(self, reward: float) -> float:
-        """Return a reward between 0, the worst so far, and 1, the best."""
-        return (reward - self.lowest) / (self.highest - self.lowest) if self.highest > self.lowest else 0.5
+    def _settings(self) -> dict[str, Any]:
+        return {"depth": self.depth}

@@ -14,7 +14,7 @@ A linear operator is sought from ``input`` to ``output`` in Syno's space of prim
     allowance = { Ci = 2, Co = 1, k = 2 }
 
 Here the tables are checked for themselves. Whether sizes divide and an operator exists, ``cofire.search`` says before
-it searches. Left out: training as a reward.
+it searches.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class SamplingSpec(Spec):
     """
 
     algorithm: Literal["mcts", "random", "beam"] = "mcts"
-    reward: str = Field(default="multiply_adds", description="multiply_adds or capacity, both modelled")
+    reward: str = Field(
+        default="multiply_adds", description="multiply_adds or capacity (modelled), or proxy_accuracy (measured)"
+    )
     seed: NonNegative = 0
     budget: Positive = Field(default=100, description="operators evaluated, those outside the window too")
     workers: Positive = Field(default=1, description="processes that compute rewards")
