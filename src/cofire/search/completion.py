@@ -29,6 +29,8 @@ from cofire.search.primitives import Dim, MergeMajor, Reduction, Share, Shift, S
 from cofire.search.sizes import Size, SizeKind, product
 from cofire.search.space import Space
 
+_CACHED = 1 << 16  # bounds and parts that are kept
+
 
 class _Part(NamedTuple):
     """What the bound asks of a dim.
@@ -106,6 +108,8 @@ class CompletionBound:
         symbols = space.allowance.symbols
         self._primaries = len(symbols.primary)
         self._wanted = product(symbols, space.desired)
+        self._tensors = space.max_tensors
+        self._parts: dict[tuple[Dim, bool, bool, bool, bool], _Part] = {}
         self._windows: dict[Size, tuple[bool, bool, int]] = {}
         # The bound, and up to which number of steps it was looked for.
         self._known: dict[tuple[tuple[_Part, ...], _Budget], tuple[int, int]] = {}
@@ -141,6 +145,8 @@ class CompletionBound:
         steps, asked = self._known.get(key, (INFINITE, -1))
         if steps >= INFINITE and asked < most:
             steps = self._least(key[0], budget, most)
+            if len(self._known) >= _CACHED:
+                self._known.clear()
             self._known[key] = steps, most
         return steps + strided if steps <= most else INFINITE
 
@@ -187,8 +193,19 @@ class CompletionBound:
         )
 
     def _part(self, dim: Dim, left: bool, state: Interface) -> _Part:
-        space, latest = self.space, state.is_latest(dim)
-        cut = 0.0
+        is_allowed = left
+        for need, have in zip(dim.size.exponents[: self._primaries], state.allowance.left, strict=False):
+            is_allowed = is_allowed and need <= have
+        key = (dim, left, state.is_latest(dim), is_allowed, is_allowed and len(state.weights) + 1 < self._tensors)
+        part = self._parts.get(key)
+        if part is None:
+            if len(self._parts) >= _CACHED:
+                self._parts.clear()
+            part = self._parts[key] = self._new_part(*key)
+        return part
+
+    def _new_part(self, dim: Dim, left: bool, latest: bool, is_allowed: bool, may_share: bool) -> _Part:
+        space, cut = self.space, 0.0
         if latest and not isinstance(dim, (Reduction, Share, Split, MergeMajor)):
             cut = inf
             if isinstance(dim, Shift):
@@ -199,7 +216,6 @@ class CompletionBound:
         if isinstance(dim, Split):
             shifts = shifts and dim.minor.size.largest <= space.max_reshape_over_shift
         outer = 0
-        is_allowed = left and all(dim.size.exponents[k] <= state.allowance.left[k] for k in range(self._primaries))
         if is_allowed:
             low, high = space.low_rank
             if may_be_outer(dim, space.low_rank):
@@ -207,7 +223,6 @@ class CompletionBound:
             elif isinstance(dim, Reduction) and low <= dim.size.largest <= high:
                 outer = 2
         # Above a Split or a Shift no Unfold comes, but above the Share of one.
-        may_share = is_allowed and len(state.weights) + 1 < space.max_tensors
         slides = not dim.ends_in_reduce and (may_share or not isinstance(dim, (Split, Shift)))
         return _Part(dim.size, left, cut, slides, shifts, outer, isinstance(dim, Reduction))
 
