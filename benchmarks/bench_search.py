@@ -3,7 +3,8 @@
 Measures evaluations of the bound on what is left per second (cold: each interface new; warm: all met before),
 expansions of an interface and complete operators per second, how often a walk without memory ends at an operator with
 and without guidance, on the 1-D convolution's space at depth 7, and distinct valid operators per second at depth 12 in
-a space of 2-D operators with two weights. Seconds are those of the processor, which other programs disturb little.
+a space of 2-D operators with two weights, by walks and by each searcher. Seconds are those of the processor, which
+other programs disturb little.
 
     .venv/bin/python benchmarks/bench_search.py
     .venv/bin/python benchmarks/bench_search.py --seconds 20 --json
@@ -19,7 +20,9 @@ import time
 from random import Random
 
 from cofire.search import Allowance, Space, Symbols, Synthesis
+from cofire.search.baselines import BeamSearch, RandomSearch
 from cofire.search.interface import Interface
+from cofire.search.mcts import TreeSearch
 from cofire.search.sampling import KINDS, Moves
 
 
@@ -128,6 +131,19 @@ def operators(space: Space, depth: int, seconds: float) -> tuple[int, float]:
     return len(found), len(found) / (time.process_time() - start)
 
 
+def proposals(space: Space, depth: int, seconds: float) -> dict[str, float]:
+    """Return how many distinct operators each searcher proposes per second where all are worth the same."""
+    rates = {}
+    for kind in (TreeSearch, RandomSearch, BeamSearch):
+        searcher = kind(space, depth, lambda operator: 0.5, seed=3)
+        start, count = time.process_time(), 0
+        while time.process_time() - start < seconds and searcher.propose() is not None:
+            searcher.learn(0.5)
+            count += 1
+        rates[kind.__name__] = count / (time.process_time() - start)
+    return rates
+
+
 def measure(seconds: float) -> dict[str, float]:
     small, large = convolution_1d(), convolution_2d()
     rows: dict[str, float] = {}
@@ -138,6 +154,7 @@ def measure(seconds: float) -> dict[str, float]:
         found, rate = operators(space, depth, seconds)
         rows[f"{name}: distinct operators"] = found
         rows[f"{name}: distinct operators per s"] = rate
+    rows.update((f"2-D, depth 12: {kind}, per s", rate) for kind, rate in proposals(large, 12, seconds).items())
     return rows
 
 

@@ -157,8 +157,8 @@ def test_list_names_every_preset_once(capsys: pytest.CaptureFixture[str]) -> Non
 def test_list_of_one_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["name"] for row in run_json(capsys, "spec", "list", "cluster")] == preset_names("cluster")
     assert run(capsys, "spec", "list", "modle")[2] == (
-        "cofire: kind = 'modle' is not one of model, cluster, parallel, run, workload, operator, search; "
-        "nearest: model\n"
+        "cofire: kind = 'modle' is not one of model, cluster, parallel, run, workload, operator, search, "
+        "kernel, kernels; nearest: model\n"
     )
 
 

@@ -182,7 +182,8 @@ def test_an_override_replaces_the_model_of_a_run_by_name() -> None:
         (
             "m.toml",
             'kind = "modle"',
-            "kind = 'modle' is not one of model, cluster, parallel, run, workload, operator, search; nearest: model",
+            "kind = 'modle' is not one of model, cluster, parallel, run, workload, operator, search, kernel, kernels; "
+            "nearest: model",
         ),
         ("m.toml", "kind = []", "kind = [] is not one of"),
         ("m.toml", "base = 3", "base = 3 must be the name of a preset or a path"),

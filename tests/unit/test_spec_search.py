@@ -19,7 +19,7 @@ from cofire.search import Allowance, Assembler, Space, Symbols, enumerate_operat
 from cofire.search.from_spec import baseline_of, check_solvable, space_of, total_multiply_adds
 from cofire.search.lowering import lower
 from cofire.search.operator_io import from_spec
-from cofire.search.rewards import REWARDS, make_reward
+from cofire.search.rewards import MEASURED, REWARDS, make_reward
 from cofire.spec import LimitsSpec, OperatorSpec, SearchSpec, diff, dump, load, load_as, parse, preset_names, save
 
 SEARCHES = ["conv1d", "conv2d", "gpt2_qkv", "matmul", "vision"]
@@ -194,7 +194,7 @@ def test_a_window_begins_below_its_end():
         (["allowance.Ci=0"], "the input has 1 Ci more than the output"),
         (
             ["sampling.reward=capacty"],
-            "sampling.reward = 'capacty' is not one of multiply_adds, capacity; nearest: cap",
+            "sampling.reward = 'capacty' is not one of multiply_adds, capacity, proxy_accuracy; nearest: cap",
         ),
         (["window.operator=none"], "is measured against a baseline; name one in window.operator"),
         (["window.operator=dense_conv2d"], "window.operator = 'dense_conv2d' has the symbol W, the search has N, Ci"),
@@ -320,7 +320,12 @@ def test_capacity_counts_a_matrix_whole():
     assert len(plain) >= 2
     for operator in plain:
         assert reward(operator) == pytest.approx(prod(s.value() for s in operator.weight_shapes[0]) / (64 * 64 * 3))
-    assert set(REWARDS) == {"multiply_adds", "capacity"}
+
+
+def test_training_needs_the_shape_of_pictures():
+    assert set(REWARDS) > MEASURED
+    with pytest.raises(SearchError, match=r"reward = 'proxy_accuracy' puts operators where .*is, \[N, C, H, W\]"):
+        make_reward(search("sampling.reward=proxy_accuracy"))
 
 
 def test_capacity_does_not_count_taps_twice():

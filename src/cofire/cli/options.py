@@ -50,6 +50,16 @@ def complete_operator(incomplete: str) -> list[str]:
     return _complete("operator", incomplete)
 
 
+def complete_kernels(incomplete: str) -> list[str]:
+    """Presets of kernel searches whose name starts with what was typed."""
+    return _complete("kernels", incomplete)
+
+
+def complete_kernel(incomplete: str) -> list[str]:
+    """Presets of kernels whose name starts with what was typed."""
+    return _complete("kernel", incomplete)
+
+
 def _complete(kind: str | None, incomplete: str) -> list[str]:
     from cofire.spec import preset_names
 

@@ -1,11 +1,9 @@
-"""``cofire search``: operators of a space counted, sampled, walked to by hand, and shown."""
+"""``cofire search``: operators of a space counted, sampled, walked to by hand and shown, and kernels."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,16 +13,17 @@ from cofire.cli.options import JsonOption, SetOption, complete_operator, complet
 from cofire.cli.output import console, print_json, print_note
 from cofire.cli.plan_question import check_suffix
 from cofire.cli.search_explore import explore
+from cofire.cli.search_kernels import kernels, show_kernel
 from cofire.cli.search_operator import operator_document, print_operator
+from cofire.cli.search_progress import print_evaluated, progress, search_document, so_far_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
     from rich.table import Table
 
     from cofire.search import Operator
     from cofire.search.discovery import Discovery
+    from cofire.spec import SearchSpec
 
 SearchArgument = Annotated[
     str,
@@ -36,12 +35,14 @@ def register(app: typer.Typer) -> None:
     """Add ``cofire search ...``."""
     group = typer.Typer(
         no_args_is_help=True,
-        help="Search for linear operators: count a space, sample it, walk it, show what was found.",
+        help="Search for linear operators and for kernels: count a space, sample it, walk it, show what was found.",
     )
     group.command("enumerate")(enumerate_space)
     group.command("sample")(sample)
     group.command("explore")(explore)
     group.command("show")(show)
+    group.command("kernels")(kernels)
+    group.command("kernel")(show_kernel)
     app.add_typer(group, name="search")
 
 
@@ -77,7 +78,7 @@ def enumerate_space(
         check_solvable(space, most)
     counts: list[dict[str, Any]] = []
     operators: list[Operator] = []
-    with _progress("depth", most) as tell:
+    with progress("depth", most) as tell:
         for steps in range(1, most + 1):
             start = time.monotonic()
             operators = enumerate_operators(space, steps, spec.guidance)
@@ -142,21 +143,6 @@ def _operator_table(title: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def _progress(noun: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yield what draws a line on standard error, where somebody looks at it."""
-    if not sys.stderr.isatty():
-        yield lambda done, text: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn(noun), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
-    words = TextColumn("{task.fields[said]}")
-    with Progress(*columns, words, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(noun, total=total, said="")
-        yield lambda done, text: bar.update(task, completed=done, said=text)
-
-
 # -- sample ------------------------------------------------------------------------------------------
 
 
@@ -170,8 +156,9 @@ def sample(
 ) -> None:
     """Search a space for the operators that are worth most: tree search, random walks or a beam.
 
-    Rewards are modelled; nothing is trained. The same command again goes on with the search in DIR, after Ctrl-C or a
-    crash too. Paths to set: sampling. (algorithm, reward, seed, budget, workers, keep), window., limits., depth.
+    Rewards are modelled, but for proxy_accuracy, which trains a small network of each operator. The same command again
+    goes on with the search in DIR, after Ctrl-C or a crash too. Paths to set: sampling. (algorithm, reward, seed,
+    budget, workers, keep), window., limits., depth.
     """
     from cofire.search.discovery import discover
     from cofire.spec import SearchSpec, load_as
@@ -179,8 +166,8 @@ def sample(
     spec = load_as(SearchSpec, source, overrides or ())
     start = time.monotonic()
     try:
-        with _progress("evaluated", spec.sampling.budget) as tell:
-            found = discover(spec, out, lambda so_far: tell(so_far.evaluated, _so_far(so_far)))
+        with progress("evaluated", spec.sampling.budget) as tell:
+            found = discover(spec, out, lambda so_far: tell(so_far.evaluated, so_far_text(so_far)))
     except KeyboardInterrupt:
         if out is not None:
             print_note(f"the state is in {out}; the same command goes on with it")
@@ -189,46 +176,18 @@ def sample(
     rows = [{"reward": one.reward, "evaluation": one.evaluation, **_figures(one.operator)} for one in found.best]
     if as_json:
         kept = None if out is None else str(out)
-        print_json({**_search_document(found), "took_s": took_s, "folder": kept, "operators": rows})
+        print_json({**search_document(found), "took_s": took_s, "folder": kept, "operators": rows})
         return
     _print_sampled(console(), found, rows, took_s, out)
 
 
-def _so_far(found: Discovery) -> str:
-    best = f"best {found.best[0].reward:.4g}" if found.best else "none yet"
-    return f"{best}, {sum(found.failed.values())} refused"
-
-
-def _search_document(found: Discovery) -> dict[str, Any]:
-    return {
-        "search": found.spec.name,
-        "sampling": found.spec.sampling.model_dump(mode="json"),
-        "label": "modelled",
-        "evaluated": found.evaluated,
-        "resumed": found.resumed,
-        "failed": found.failed,
-        "spent": found.spent,
-    }
-
-
 def _print_sampled(
-    shown: Console, found: Discovery, rows: list[dict[str, Any]], took_s: float, out: Path | None
+    shown: Console, found: Discovery[SearchSpec, Operator], rows: list[dict[str, Any]], took_s: float, out: Path | None
 ) -> None:
     sampling = found.spec.sampling
-    rate = (found.evaluated - found.resumed) / max(took_s, 1e-9)
-    before = f", {found.resumed} of them before" if found.resumed else ""
-    reasons = ", ".join(f"{number} by {name}" for name, number in sorted(found.failed.items()))
-    refused = f"{sum(found.failed.values())} of them refused" + (f" ({reasons})" if reasons else "")
-    shown.print(
-        f"{found.spec.name}: {found.evaluated} operators evaluated{before}, {refused}; "
-        f"{rate:.3g} per second with {sampling.workers} process(es).",
-        soft_wrap=True,
-        markup=False,
-    )
-    if found.spent:
-        shown.print(f"No other operator was found within the budget of {sampling.budget}.")
+    print_evaluated(shown, found, took_s, "operators")
     if rows:
-        title = f"The best {len(rows)} by {sampling.reward} (modelled, {sampling.algorithm}, seed {sampling.seed})"
+        title = f"The best {len(rows)} by {sampling.reward} ({found.label}, {sampling.algorithm}, seed {sampling.seed})"
         shown.print(_operator_table(title, rows))
     else:
         print_note(f"no operator that was found lies within the window; {_nearest_limit(found)}")
@@ -236,7 +195,7 @@ def _print_sampled(
         shown.print(f"operators: {out / 'operators'}", markup=False, soft_wrap=True)
 
 
-def _nearest_limit(found: Discovery) -> str:
+def _nearest_limit(found: Discovery[SearchSpec, Operator]) -> str:
     if not found.failed:
         return "raise sampling.budget"
     most = max(sorted(found.failed), key=lambda name: found.failed[name])

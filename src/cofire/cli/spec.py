@@ -126,7 +126,10 @@ def compare(
 
 def schema(
     kind: Annotated[
-        str, typer.Argument(help="model, cluster, run, workload, operator or search.", autocompletion=complete_kind)
+        str,
+        typer.Argument(
+            help="model, cluster, run, workload, operator, search, kernel or kernels.", autocompletion=complete_kind
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:

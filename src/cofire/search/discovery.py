@@ -1,10 +1,13 @@
-"""A search from its spec to its best operators: evaluated in this process or in others, saved and resumed.
+"""A search from its spec to its best results: evaluated in this process or in others, saved and resumed.
 
-A folder holds ``search.toml``, the spec; ``state.json``, the searcher's events and the best operators so far; and at
-the end of each run ``operators/01-<digest>.toml`` and on, the best first. Every file is written whole or not at all.
+A folder holds ``search.toml``, the spec; ``state.json``, the searcher's events and the best results so far; and at the
+end of each run the best of them, ``operators/01-<digest>.toml`` and on, the best first. Every file is written whole or
+not at all.
 
 A searcher does what follows from its seed and the rewards it learnt, so the state is the list of these. A run that was
 killed goes on from the last state and ends where it would have ended. The budget may be raised between runs.
+
+``AbstractRun`` is the run of any search; here is that of operators, that of kernels is in ``search.canvas``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import re
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -22,30 +26,34 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from cofire.errors import SearchError, SpecError
 from cofire.search.baselines import BeamSearch, RandomSearch
 from cofire.search.cost import costs
 from cofire.search.from_spec import check_solvable, space_of
+from cofire.search.graph import Operator
 from cofire.search.mcts import TreeSearch
 from cofire.search.operator_io import from_spec, to_spec
-from cofire.search.rewards import Within, make_reward
-from cofire.search.sampling import Found, Searcher
-from cofire.spec import OperatorSpec, SearchSpec, load_as, parse, save
+from cofire.search.rewards import MEASURED, Within, make_reward
+from cofire.search.sampling import Searcher
+from cofire.search.searcher import AbstractSearcher, Found, Result
+from cofire.spec import KernelsSpec, OperatorSpec, SearchSpec, Spec, load_as, parse, save
 from cofire.spec.io import diff, write_text
 
 SEARCHERS: dict[str, type[Searcher[Any]]] = {"mcts": TreeSearch, "random": RandomSearch, "beam": BeamSearch}
-STATE_FILE, SPEC_FILE, OPERATOR_FOLDER = "state.json", "search.toml", "operators"
+STATE_FILE, SPEC_FILE = "state.json", "search.toml"
 
 _VERSION = 1
 _MAY_CHANGE = ("name", "description", "sampling.budget", "sampling.save_every")
 _SHOWN_LENGTH_MAX = 80
-_WRITTEN = re.compile(r"[0-9]{2,}-[0-9a-f]{12}\.toml")
+_WRITTEN = re.compile(r"[0-9]{2,}-[0-9a-f]{12}(-[0-9]+x[0-9]+x[0-9]+)?\.(toml|json|py)")
+
+SoughtSpec = TypeVar("SoughtSpec", bound=SearchSpec | KernelsSpec)
 
 
 @dataclass
-class Discovery:
+class Discovery(Generic[SoughtSpec, Result]):
     """How far a search is.
 
     Attributes:
@@ -53,18 +61,23 @@ class Discovery:
         evaluated: Evaluations so far, those of earlier runs included.
         failed: Those of them that failed, by the limit of the window that refused them; ``"reward"``: they had none.
         resumed: Evaluations of earlier runs.
-        spent: Whether no operator is left that the searcher would find.
-        best: The best operators, best first.
+        spent: Whether nothing is left that the searcher would find.
+        best: The best results, best first.
     """
 
-    spec: SearchSpec
+    spec: SoughtSpec
     evaluated: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
     spent: bool = False
-    best: list[Found] = field(default_factory=list)
+    best: list[Found[Result]] = field(default_factory=list)
 
-    def take(self, found: Found | None, refused: str = "") -> None:
+    @property
+    def label(self) -> str:
+        """How rewards are known: ``measured`` or ``modelled``."""
+        return "measured" if self.spec.sampling.reward in MEASURED else "modelled"
+
+    def take(self, found: Found[Result] | None, refused: str = "") -> None:
         """Count one evaluation, and keep what it found if it is among the best; of equals the earlier stays first.
 
         Args:
@@ -80,10 +93,12 @@ class Discovery:
         del self.best[self.spec.sampling.keep :]
 
 
-Progress = Callable[[Discovery], None]
+Progress = Callable[[Discovery[SoughtSpec, Result]], None]
 
 
-def discover(spec: SearchSpec, folder: Path | None = None, progress: Progress | None = None) -> Discovery:
+def discover(
+    spec: SearchSpec, folder: Path | None = None, progress: Progress[SearchSpec, Operator] | None = None
+) -> Discovery[SearchSpec, Operator]:
     """Search until the budget is spent or no operator is left.
 
     Args:
@@ -99,19 +114,7 @@ def discover(spec: SearchSpec, folder: Path | None = None, progress: Progress | 
     """
     if spec.guidance != "exact":
         raise SearchError(f"guidance = {spec.guidance!r} is for enumeration; samples need guidance = 'exact'")
-    run = _Run(spec, make_reward(spec), folder)
-    try:
-        with _executor(spec.sampling.workers) as executor:
-            try:
-                run.search(executor, progress)
-            finally:
-                # Before the executor waits for rewards that are under way.
-                run.save()
-                run.write_operators()
-    except BrokenProcessPool:
-        again = "the same command goes on" if folder is not None else "set sampling.workers=1"
-        raise SearchError(f"a process that computed a reward was killed, for want of memory perhaps; {again}") from None
-    return run.discovery
+    return _OperatorRun(spec, make_reward(spec), folder).run(progress)
 
 
 def _serve() -> None:
@@ -136,41 +139,102 @@ def _executor(workers: int) -> ProcessPoolExecutor | nullcontext[None]:
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_serve)
 
 
-class _Run:
-    """One run of a search, from its folder's state on."""
+class AbstractRun(ABC, Generic[SoughtSpec, Result]):
+    """One run of a search, from its folder's state on.
 
-    def __init__(self, spec: SearchSpec, reward: Within, folder: Path | None) -> None:
-        space = space_of(spec)
-        check_solvable(space, spec.depth)
-        self.spec, self.folder, self.limits = spec, folder, reward.limits
-        self.discovery = Discovery(spec)
-        self.searcher = SEARCHERS[spec.sampling.algorithm](space, spec.depth, reward, spec.sampling.seed)
+    Attributes:
+        spec: What is searched, and how.
+        searcher: What searches.
+        folder: Where the state is kept; none: nothing is kept.
+        discovery: How far it is.
+    """
+
+    results: ClassVar[str]  # name of the folder of the best
+
+    def __init__(
+        self, spec: SoughtSpec, searcher: AbstractSearcher[Any, Result, Any], folder: Path | None = None
+    ) -> None:
+        """Take up the state of a folder, if there is one.
+
+        Args:
+            spec: What is searched, and how.
+            searcher: What searches.
+            folder: Where the state is kept; none: nothing is kept.
+
+        Raises:
+            SearchError: The folder holds another search, or no state.
+            SpecError: The folder cannot be read or written.
+        """
+        self.spec, self.searcher, self.folder = spec, searcher, folder
+        self.discovery: Discovery[SoughtSpec, Result] = Discovery(spec)
         if folder is not None:
             self._open(folder)
         self._state = self._snapshot()
 
-    def search(self, executor: Executor | None, progress: Progress | None) -> None:
-        """Evaluate operators, as many at a time as there are workers, and learn from them in the order of proposals."""
+    @abstractmethod
+    def _to_spec(self, result: Result, name: str, description: str = "") -> Any:
+        """Return a result as a spec."""
+
+    @abstractmethod
+    def _from_table(self, table: dict[str, Any], where: str) -> Result:
+        """Return the result that a spec's table holds."""
+
+    @abstractmethod
+    def _write(self, found: Found[Result], folder: Path, stem: str) -> list[str]:
+        """Write the files of a result, whose names begin with a stem, and return their names."""
+
+    def _refusal(self, result: Result) -> str:
+        """Return why a result failed."""
+        return "reward"
+
+    def run(self, progress: Progress[SoughtSpec, Result] | None = None) -> Discovery[SoughtSpec, Result]:
+        """Search until the budget is spent or nothing is left; then the state and the best are written.
+
+        Args:
+            progress: Called after every evaluation.
+
+        Raises:
+            SearchError: A process that computes rewards was killed.
+            SpecError: The folder cannot be written.
+            KeyboardInterrupt: Ctrl-C; the state is saved before.
+        """
+        try:
+            with _executor(self.spec.sampling.workers) as executor:
+                try:
+                    self._search(executor, progress)
+                finally:
+                    # Before the executor waits for rewards that are under way.
+                    self._save()
+                    self._write_best()
+        except BrokenProcessPool:
+            again = "the same command goes on" if self.folder is not None else "set sampling.workers=1"
+            raise SearchError(
+                f"a process that computed a reward was killed, for want of memory perhaps; {again}"
+            ) from None
+        return self.discovery
+
+    def _search(self, executor: Executor | None, progress: Progress[SoughtSpec, Result] | None) -> None:
+        """Evaluate results, as many at a time as there are workers, and learn from them in the order of proposals."""
         searcher, discovery, sampling = self.searcher, self.discovery, self.spec.sampling
         pending: deque[Future[float]] = deque()
         if executor is not None:
-            pending.extend(executor.submit(searcher.reward, operator) for operator in searcher.in_flight)
+            pending.extend(executor.submit(searcher.reward, result) for result in searcher.in_flight)
         while discovery.evaluated < sampling.budget:
             while len(searcher.in_flight) < min(sampling.workers, sampling.budget - discovery.evaluated):
-                operator = searcher.propose()
-                if operator is None:
+                result = searcher.propose()
+                if result is None:
                     break
                 if executor is not None:
-                    pending.append(executor.submit(searcher.reward, operator))
+                    pending.append(executor.submit(searcher.reward, result))
             if not searcher.in_flight:
                 discovery.spent = True
                 break
             oldest = searcher.in_flight[0]
             found = searcher.learn(pending.popleft().result() if executor is not None else searcher.reward(oldest))
-            discovery.take(found, "" if found is not None else self.limits.broken(costs(oldest)) or "reward")
+            discovery.take(found, "" if found is not None else self._refusal(oldest))
             self._state = self._snapshot()
             if discovery.evaluated % sampling.save_every == 0:
-                self.save()
+                self._save()
             if progress is not None:
                 progress(discovery)
 
@@ -184,23 +248,33 @@ class _Run:
             "best": list(discovery.best),
         }
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Write the state, if there is a folder."""
         if self.folder is None:
             return
-        best = [_row(found) for found in self._state["best"]]
+        best = [self._row(found) for found in self._state["best"]]
         state = {"version": _VERSION, **self._state, "best": best}
         write_text(self.folder / STATE_FILE, json.dumps(state, separators=(",", ":"), allow_nan=False))
 
-    def write_operators(self) -> None:
-        """Write the best operators as specs, and take away those that an earlier run wrote."""
+    def _row(self, found: Found[Result]) -> dict[str, Any]:
+        spec = self._to_spec(found.operator, short_name(found.operator.digest))
+        return {"reward": found.reward, "evaluation": found.evaluation, "operator": spec.model_dump(mode="json")}
+
+    def _described(self, found: Found[Result]) -> Any:
+        """Return a result as a spec that says where it comes from."""
+        name = self.spec.sampling.reward
+        worth = "" if name == "none" else f"{name} {found.reward:.6g}, {self.discovery.label}; "
+        said = f"{worth}evaluation {found.evaluation} of {self.spec.name}"
+        return self._to_spec(found.operator, short_name(found.operator.digest), said)
+
+    def _write_best(self) -> None:
+        """Write the best results, and take away those that an earlier run wrote."""
         if self.folder is None:
             return
-        folder = _make(self.folder / OPERATOR_FOLDER)
-        names = []
+        folder = _make(self.folder / self.results)
+        names: list[str] = []
         for rank, found in enumerate(self._state["best"], 1):
-            names.append(f"{rank:02}-{found.operator.digest >> 80:012x}.toml")
-            save(_operator_spec(self.spec, found), folder / names[-1])
+            names += self._write(found, folder, f"{rank:02}-{short_name(found.operator.digest)}")
         for path in folder.iterdir():
             if _WRITTEN.fullmatch(path.name) and path.name not in names:
                 path.unlink(missing_ok=True)
@@ -209,7 +283,7 @@ class _Run:
         """Take up the state of a folder, or make the folder; then say in it what is searched."""
         path = _make(folder) / STATE_FILE
         if path.exists():
-            _check_same(self.spec, load_as(SearchSpec, folder / SPEC_FILE), folder)
+            _check_same(self.spec, load_as(type(self.spec), folder / SPEC_FILE), folder)
             self._resume(path)
         save(self.spec, folder / SPEC_FILE)
 
@@ -223,21 +297,42 @@ class _Run:
             discovery.evaluated = discovery.resumed = state["evaluated"]
             discovery.failed = dict(state["failed"])
             for row in state["best"]:
-                operator = from_spec(parse(OperatorSpec, row["operator"], str(path)))
-                discovery.best.append(Found(operator, row["reward"], row["evaluation"]))
+                result = self._from_table(row["operator"], str(path))
+                discovery.best.append(Found(result, row["reward"], row["evaluation"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SearchError(f"{path} is not a state of a search ({reason}); take it away to begin anew") from None
 
 
-def _row(found: Found) -> dict[str, Any]:
-    spec = to_spec(found.operator, f"{found.operator.digest >> 80:012x}")
-    return {"reward": found.reward, "evaluation": found.evaluation, "operator": spec.model_dump(mode="json")}
+class _OperatorRun(AbstractRun[SearchSpec, Operator]):
+    """A run of a search for operators."""
+
+    results = "operators"
+
+    def __init__(self, spec: SearchSpec, reward: Within, folder: Path | None) -> None:
+        space = space_of(spec)
+        check_solvable(space, spec.depth)
+        self._limits = reward.limits
+        searcher = SEARCHERS[spec.sampling.algorithm](space, spec.depth, reward, spec.sampling.seed)
+        super().__init__(spec, searcher, folder)
+
+    def _refusal(self, result: Operator) -> str:
+        return self._limits.broken(costs(result)) or "reward"
+
+    def _to_spec(self, result: Operator, name: str, description: str = "") -> OperatorSpec:
+        return to_spec(result, name, description)
+
+    def _from_table(self, table: dict[str, Any], where: str) -> Operator:
+        return from_spec(parse(OperatorSpec, table, where))
+
+    def _write(self, found: Found[Operator], folder: Path, stem: str) -> list[str]:
+        save(self._described(found), folder / f"{stem}.toml")
+        return [f"{stem}.toml"]
 
 
-def _operator_spec(spec: SearchSpec, found: Found) -> OperatorSpec:
-    said = f"{spec.sampling.reward} {found.reward:.6g}, modelled; evaluation {found.evaluation} of {spec.name}"
-    return to_spec(found.operator, f"{found.operator.digest >> 80:012x}", said)
+def short_name(digest: int) -> str:
+    """Return the first 48 of a digest's 128 bits, which name a result in a folder."""
+    return f"{digest >> 80:012x}"
 
 
 def _make(folder: Path) -> Path:
@@ -248,7 +343,7 @@ def _make(folder: Path) -> Path:
     return folder
 
 
-def _check_same(spec: SearchSpec, held: SearchSpec, folder: Path) -> None:
+def _check_same(spec: Spec, held: Spec, folder: Path) -> None:
     """Refuse to go on with a search that is not the one asked for."""
     for path, was, wanted in diff(held, spec):
         if path in _MAY_CHANGE:

@@ -11,6 +11,7 @@ from cofire.spec.hardware import (
     ScaleUpSpec,
 )
 from cofire.spec.io import diff, dump, json_schema, load, load_as, parse, preset_names, save
+from cofire.spec.kernels import KernelLimitsSpec, KernelSamplingSpec, KernelSpec, KernelsSpec, KernelWindowSpec
 from cofire.spec.model import (
     BalanceSpec,
     GQASpec,
@@ -38,7 +39,12 @@ __all__ = [
     "Figure",
     "GQASpec",
     "HostSpec",
+    "KernelLimitsSpec",
     "KernelRate",
+    "KernelSamplingSpec",
+    "KernelSpec",
+    "KernelWindowSpec",
+    "KernelsSpec",
     "LimitsSpec",
     "MLASpec",
     "MTPSpec",

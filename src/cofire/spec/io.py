@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from cofire.errors import SpecError
 from cofire.spec.hardware import ClusterSpec
+from cofire.spec.kernels import KernelSpec, KernelsSpec
 from cofire.spec.messages import describe, nearest
 from cofire.spec.model import ModelSpec
 from cofire.spec.operator import OperatorSpec
@@ -42,6 +43,8 @@ KINDS: dict[str, type[Spec]] = {
     "workload": WorkloadSpec,
     "operator": OperatorSpec,
     "search": SearchSpec,
+    "kernel": KernelSpec,
+    "kernels": KernelsSpec,
 }
 
 # The name of the one cluster that is no preset: it is measured where it is used.

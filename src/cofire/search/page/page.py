@@ -10,11 +10,7 @@ Left out: measured times, which a search's records have.
 
 from __future__ import annotations
 
-import io
-import keyword
-import tokenize
-from collections.abc import Iterable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from cofire.plan.page.svg import tag, text
 from cofire.search.cost import Cost, costs
 from cofire.search.graph import Operator
 from cofire.search.operator_io import to_spec
+from cofire.search.page import parts
 from cofire.search.page.graph_figure import draw_graph, legend
 from cofire.search.page.mathematics import coordinate, formula, math, ranges
 from cofire.search.page.nests import Nest, naive_nest, notes, staged_nests
@@ -64,39 +61,17 @@ def render_page(operator: Operator, *, mapping: int = 0) -> str:
     found = costs(operator)
     if not 0 <= mapping < len(found):
         raise SearchError(f"mapping {mapping} of an operator with {len(found)}; count from 0 to {len(found) - 1}")
-    digest = f"{operator.digest:032x}"
     sections = (
-        _section("Formula", _formula(operator)),
-        _section("Primitive graph", _graph(operator)),
-        _section("Tensors", _tensors(operator)),
-        _section("Loop nests", _nests(operator, found[mapping], mapping)),
-        _section("Cost", _costs(found)),
-        _section("PyTorch", _code(operator, mapping)),
-        _section("Files", _files(operator)),
+        parts.section("Formula", _formula(operator)),
+        parts.section("Primitive graph", _graph(operator)),
+        parts.section("Tensors", _tensors(operator)),
+        parts.section("Loop nests", _nests(operator, found[mapping], mapping)),
+        parts.section("Cost", _costs(found)),
+        parts.section("PyTorch", _code(operator, mapping)),
+        parts.section("Files", _files(operator)),
     )
-    document = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Operator {digest[:8]}</title>
-<style>
-{_asset("cofire.plan.page", "page.css")}{_asset("cofire.search.page", "page.css")}</style>
-</head>
-<body>
-<main class="operator">
-<p class="eyebrow">Operator, digest <code>{digest}</code></p>
-<h1>Operator {digest[:8]}</h1>
-<p class="verdict">{text(_summary(operator, found[mapping]))}</p>
-{_tiles(operator, found[mapping], mapping)}
-{"".join(sections)}
-</main>
-<script>
-{_asset("cofire.search.page", "page.js")}</script>
-</body>
-</html>
-"""
-    return document.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    summary, tiles = _summary(operator, found[mapping]), _tiles(operator, found[mapping], mapping)
+    return parts.document("Operator", f"{operator.digest:032x}", summary, tiles, sections)
 
 
 # -- what it is ----------------------------------------------------------------------------------------------------
@@ -120,23 +95,13 @@ def _summary(operator: Operator, found: Cost) -> str:
 def _tiles(operator: Operator, found: Cost, mapping: int) -> str:
     under = f"under mapping {mapping}" if len(operator.symbols.mappings) > 1 else ""
     tiles = (
-        ("Parameters", *_count(found.parameters, under)),
-        ("FLOPs in stages", *_count(2 * found.multiply_adds, under)),
-        ("FLOPs in one nest", *_count(2 * found.naive_multiply_adds, under)),
+        ("Parameters", *parts.count(found.parameters, under)),
+        ("FLOPs in stages", *parts.count(2 * found.multiply_adds, under)),
+        ("FLOPs in one nest", *parts.count(2 * found.naive_multiply_adds, under)),
         ("Tensors", shown(found.tensor_bytes(_ELEMENT_BYTES), "B"), "FP32, with the largest intermediate"),
         ("Intensity", f"{_intensity(found):.3g}", "FLOPs in stages per byte of tensors"),
     )
-    drawn = "".join(
-        tag("div", tag("span", text(name)) + tag("b", text(value)) + tag("span", text(remark)), class_="tile")
-        for name, value, remark in tiles
-    )
-    return tag("div", drawn, class_="tiles", style=f"--columns: {len(tiles)}")
-
-
-def _count(value: int, remark: str) -> tuple[str, str]:
-    """Return a count in short, and a remark that has it in full where it was rounded."""
-    short, full = shown(value), f"{value:,}"
-    return short, " ".join(part for part in (full if full != short else "", remark) if part)
+    return parts.tiles(tiles)
 
 
 def _formula(operator: Operator) -> str:
@@ -152,7 +117,7 @@ def _formula(operator: Operator) -> str:
     if 'class="padded"' in body:
         body += tag("p", 'A <span class="padded">shaded</span> coordinate reads zero outside its dim.', class_="note")
     plain = tag("pre", text(operator.formula())) + tag("pre", text(operator.formula(latex=True)))
-    return f"<figure>{body}{_folded('As text and in LaTeX', plain)}</figure>"
+    return f"<figure>{body}{parts.folded('As text and in LaTeX', plain)}</figure>"
 
 
 def _graph(operator: Operator) -> str:
@@ -177,7 +142,7 @@ def _tensors(operator: Operator) -> str:
         [*([f"mapping {k}"] if count > 1 else []), *(f"{value:,}" for value in row)]
         for k, row in enumerate(symbols.mappings)
     ]
-    return _table(["tensor", "shape", *mappings], rows, 2) + _table(symbol_head, numbers, int(count > 1))
+    return parts.table(["tensor", "shape", *mappings], rows, 2) + parts.table(symbol_head, numbers, int(count > 1))
 
 
 def _elements(sizes: tuple[Size, ...], mapping: int, many: bool) -> str:
@@ -241,7 +206,7 @@ def _costs(found: tuple[Cost, ...]) -> str:
     if many:
         rows.append(["all, summed", *_cost_cells(found), ""])
     head = ["FLOPs in one nest", "FLOPs in stages", "times fewer", "parameters", "bytes", "FLOP/byte"]
-    return _table([*([""] if many else []), *head], rows, int(many)) + tag(
+    return parts.table([*([""] if many else []), *head], rows, int(many)) + tag(
         "p",
         "FLOPs are two per multiply-add. Bytes are of input, output, weights and the largest intermediate in FP32, "
         "each counted once; FLOP/byte is the FLOPs in stages over them.",
@@ -279,47 +244,15 @@ def _code(operator: Operator, mapping: int) -> str:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        return _absent("The code is left out: PyTorch is not installed here; pip install 'cofire[train]' brings it.")
+        return parts.absent(
+            "The code is left out: PyTorch is not installed here; pip install 'cofire[train]' brings it."
+        )
     try:
         source = write_source(operator, mapping)
     except SearchError as error:
-        return _absent(f"The code is left out: {error}.")
-    many = len(operator.symbols.mappings) > 1
-    return (
-        f"<figure class='code'><h3>A module that needs nothing but PyTorch{f', for mapping {mapping}' * many}</h3>"
-        '<button type="button" class="copy" hidden>Copy</button>'
-        f'<pre id="code">{_highlighted(source)}</pre></figure>'
-    )
-
-
-def _highlighted(source: str) -> str:
-    """Return Python source with comments, strings and keywords marked; its text is the source to the letter."""
-    lines = source.splitlines(keepends=True)
-    parts: list[str] = []
-    row, column = 1, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind = _token_class(token)
-        if kind is None:
-            continue
-        parts.append(text(_between(lines, (row, column), token.start)))
-        parts.append(tag("span", text(token.string), class_=kind))
-        row, column = token.end
-    parts.append(text(_between(lines, (row, column), (len(lines) + 1, 0))))
-    return "".join(parts)
-
-
-def _token_class(token: tokenize.TokenInfo) -> str | None:
-    if token.type == tokenize.NAME and keyword.iskeyword(token.string):
-        return "keyword"
-    return {tokenize.COMMENT: "comment", tokenize.STRING: "string"}.get(token.type)
-
-
-def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    """Return the text between two places; rows count from 1, columns from 0."""
-    if start[0] == end[0]:
-        return lines[start[0] - 1][start[1] : end[1]]
-    last = lines[end[0] - 1][: end[1]] if end[0] <= len(lines) else ""
-    return lines[start[0] - 1][start[1] :] + "".join(lines[start[0] : end[0] - 1]) + last
+        return parts.absent(f"The code is left out: {error}.")
+    several = f", for mapping {mapping}" * (len(operator.symbols.mappings) > 1)
+    return parts.code(f"A module that needs nothing but PyTorch{several}", source)
 
 
 def _files(operator: Operator) -> str:
@@ -328,40 +261,8 @@ def _files(operator: Operator) -> str:
     except SearchError as error:
         spec = tag("p", text(f"No spec can hold it: {error}."), class_="note")
     drawing = f'<pre id="graphviz">{text(operator.graphviz())}</pre>'
-    return f"<figure>{_folded('OperatorSpec in TOML', spec)}{_folded('Graphviz source of the graph', drawing)}</figure>"
-
-
-# -- parts ---------------------------------------------------------------------------------------------------------
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{text(title)}</h2>\n{body}\n</section>\n"
-
-
-def _absent(said: str) -> str:
-    return tag("figure", tag("p", text(said), class_="note"))
-
-
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{text(title)}</summary>{body}</details>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
-    """Return a table; the first ``words`` columns are text, the others numbers."""
-
-    def row(cells: Sequence[str], element: str) -> str:
-        return tag(
-            "tr", "".join(tag(element, text(c), class_="number" if k >= words else None) for k, c in enumerate(cells))
-        )
-
-    body = "".join(row(cells, "td") for cells in rows)
-    table = tag("table", tag("thead", row(head, "th")) + tag("tbody", body))
-    return f'<figure class="tabled"><div class="scroll">{table}</div></figure>'
+    return parts.files(("OperatorSpec in TOML", spec), ("Graphviz source of the graph", drawing))
 
 
 def _shape(sizes: Sequence[Size]) -> str:
     return f"[{', '.join(map(str, sizes))}]"
-
-
-def _asset(package: str, name: str) -> str:
-    return (resources.files(package) / name).read_text("utf-8")
