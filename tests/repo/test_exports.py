@@ -27,6 +27,7 @@ SPECS = {
     "ParallelSpec",
     "PrecisionSpec",
     "RunSpec",
+    "SearchSpec",
 }
 ERRORS = {
     "CofireError",
@@ -40,7 +41,7 @@ ERRORS = {
     "StorageError",
     "TrainError",
 }
-VERBS = {"build", "dump", "estimate", "fit", "load"}
+VERBS = {"build", "discover", "dump", "estimate", "fit", "load"}
 RESULTS = {"Plan", "RunResult"}
 PUBLIC = {"__version__"} | SPECS | ERRORS | VERBS | RESULTS
 
