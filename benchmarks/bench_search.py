@@ -54,6 +54,7 @@ def convolution_2d() -> Space:
         max_merges=2,
         max_shifts=2,
         max_strides=0,
+        max_ends=2,
     )
 
 

@@ -129,6 +129,19 @@ def test_depthwise_convolution_and_pooling_are_found_where_they_are_allowed():
     assert not formulas(per_channel_space(needs_matmul=True), 3, "exact") & depthwise
 
 
+def test_of_the_operators_that_one_interface_is_so_many_are_kept_as_the_space_says():
+    symbols = Symbols.of(["K", "N", "H"], [], [{"K": 8, "N": 8, "H": 6}])
+    k, n, h = (symbols.size(name) for name in symbols.primary)
+    space = Space((k, h, h), (n, h, h), Allowance.of(symbols, {"K": 2, "N": 1}))
+    both, one = (enumerate_operators(replace(space, max_ends=most), 2) for most in (None, 1))
+    assert sorted(str(operator).partition(" * ")[0].partition("x")[2] for operator in both) == [
+        "[r0, i1, i2]",
+        "[r0, i2, i1]",
+    ]
+    assert len(one) == 1
+    assert one[0] in both
+
+
 def test_merges_over_several_mappings_need_a_block_that_divides_in_each():
     symbols = Symbols.of(["Ci", "Co"], ["g"], [{"Ci": 32, "Co": 32, "g": 4}, {"Ci": 32, "Co": 30, "g": 4}])
     ci, co = symbols.size("Ci"), symbols.size("Co")

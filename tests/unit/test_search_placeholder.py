@@ -135,7 +135,7 @@ def test_mappings_follow_from_shapes_and_misfits_have_a_reason():
         "hole": {"N": 2, "Ci": 16, "Co": 16, "H": 4, "k": 3, "g": 4},
     }
     assert reasons(fitting) == {
-        "stem": "Ci/g is 3/4, which is not whole",
+        "stem": "Ci/g is 3/4, which is not whole; padded to Ci = 4 it would be",
         "down": "H is 12, but its output has 6 there (stride 2)",
         "narrow": "H is 6, but its output has 4 there",
         "head": "its input has 2 dims, the operator's 4",
@@ -178,7 +178,7 @@ def test_an_operator_fits_where_all_of_its_sizes_are_whole():
     model = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 9, 1))
     fitting = fit_operator(operator, find_places(model, torch.zeros(1, 6, 5, 7)))
     assert [place.name for place in fitting.places] == ["0", "1"]
-    assert reasons(fitting) == {"2": "D/g is 9/2, which is not whole"}
+    assert reasons(fitting) == {"2": "D/g is 9/2, which is not whole; padded to D = 10 it would be"}
     with pytest.raises(SearchError, match=r"2 cannot be filled: D/g is 9/2"):
         fitting.mapping_at(fitting.skipped[0][0])
     assert with_mappings(operator, fitting.mappings).symbols.mappings == ((1, 6, 4, 5, 7, 3, 2), (1, 4, 6, 5, 7, 3, 2))

@@ -69,6 +69,7 @@ def vision() -> Space:
         max_merges=2,
         max_shifts=2,
         max_strides=0,
+        max_ends=2,
     )
 
 

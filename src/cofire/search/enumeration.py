@@ -27,6 +27,7 @@ from cofire.search.fingerprint import distinct as distinct_groups
 from cofire.search.graph import Operator
 from cofire.search.interface import Contraction, Interface, Step, may_be_outer
 from cofire.search.primitives import Dim, MergeMajor, MergeMinor, Reduction, Share, Shift, Split, Stride, Unfold
+from cofire.search.selection import Selector
 from cofire.search.sizes import Size, product
 from cofire.search.space import Guidance, Space
 from cofire.search.unordered import keeps_unordered_rules
@@ -262,15 +263,21 @@ class Synthesis:
             )
 
     def finish(self, state: Interface) -> list[Operator]:
-        """Return the operators that an interface is: one for each way to give its dims to the input's positions."""
+        """Return the operators that an interface is: one for each way to give its dims to the input's positions.
+
+        Of more than ``max_ends`` the best are returned (Syno, finalisation).
+        """
         space = self.space
         if len(state.dims) != len(space.desired) or (space.needs_weight and not state.weights):
             return []
         if any(dim.discards for dim in state.dims) or self._pools_too_much(state):
             return []
-        return [
+        found = [
             self._operator(state, dims) for dims in _assignments(state.dims, space.desired) if self._keeps(state, dims)
         ]
+        if space.max_ends is None or len(found) <= space.max_ends:
+            return found
+        return Selector(keep=space.max_ends).select(found)
 
     def _pools_too_much(self, state: Interface) -> bool:
         met = frozenset().union(*(d.iterators for weight in state.weights for d in weight))

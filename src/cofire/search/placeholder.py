@@ -9,7 +9,7 @@ which puts what was found into the model, and says how many parameters and multi
     fitting = fit_spec(spec, places, {"k": 3, "s": 2, "g": 32})  # then search with mappings=fitting.mappings
     done = replace(model, operator_factory(operator, places), places, example)
 
-Left out: places whose sizes would have to be padded first (``padding`` finds by how much), transposed convolutions, and
+Left out: places whose sizes would have to be padded first (the reason says by how much), transposed convolutions, and
 layers whose weight is read without a call of the layer, as in PyTorch's multi-head attention.
 """
 
@@ -31,7 +31,7 @@ from cofire.errors import SearchError
 from cofire.search.graph import Operator
 from cofire.search.lowering import lower
 from cofire.search.operator_io import from_spec, to_spec
-from cofire.search.padding import sizes_of
+from cofire.search.padding import pad, sizes_of
 from cofire.search.sizes import Size, Symbols
 from cofire.spec.search import SearchSpec
 
@@ -335,8 +335,18 @@ def _solve(
             return f"{size} is {value}, but its {tensor} has {number} there{strided}"
     for size in whole:
         if (value := _value(size, values)).denominator != 1:
-            return f"{size} is {value}, which is not whole"
+            return f"{size} is {value}, which is not whole{_padded(symbols, values, whole)}"
     return {name: values[name] for name in symbols.names}
+
+
+def _padded(symbols: Symbols, values: Mapping[str, int], sizes: Iterable[Size]) -> str:
+    """Return the least larger numbers that would make sizes whole, as the end of a sentence."""
+    try:
+        padded = pad(symbols, {name: values[name] for name in symbols.names}, sizes)
+    except SearchError:
+        return ""
+    changes = [f"{name} = {padded[name]}" for name in symbols.names if padded[name] != values[name]]
+    return f"; padded to {', '.join(changes)} it would be"
 
 
 def _unknown(size: Size, values: Mapping[str, int]) -> str | None:

@@ -147,9 +147,3 @@ class Selector:
     def _refuse(self, name: str, count: int) -> None:
         if count > 0:
             self.refused[name] = self.refused.get(name, 0) + count
-
-    def explain(self) -> str:
-        """Return in one line how many operators were seen and what refused how many, most first."""
-        counts = sorted(self.refused.items(), key=lambda item: (-item[1], item[0]))
-        reasons = ", ".join(f"{name} refused {count}" for name, count in counts) or "none refused"
-        return f"{self.seen} operators seen, {self.seen - sum(self.refused.values())} kept: {reasons}"

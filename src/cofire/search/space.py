@@ -47,6 +47,8 @@ class Space:
         max_symbols: Distinct symbols in a size.
         max_degree: Sum of the absolute exponents of a size.
         max_exponents: Exponents tried per symbol when a dim is divided.
+        max_ends: Operators kept of those that one interface is, by how equal the sizes of their weights are and then by
+            multiply-adds; none: all (Syno's searches: 2).
         needs_matmul: A contraction needs a dim that the weight alone has and one that it shares (Syno: always). False
             admits depthwise convolution.
         needs_weight: An operator needs a weight (Syno: always). False admits pooling.
@@ -79,6 +81,7 @@ class Space:
     max_symbols: int = 3
     max_degree: int = 16
     max_exponents: int = 5
+    max_ends: int | None = None
     needs_matmul: bool = True
     needs_weight: bool = True
 

@@ -61,6 +61,9 @@ class LimitsSpec(Spec):
     max_symbols: Positive = Field(default=3, description="distinct symbols in a size")
     max_degree: Positive = Field(default=16, description="sum of the absolute exponents of a size")
     max_exponents: Positive = Field(default=5, description="exponents tried per symbol when a dim is divided")
+    max_ends: Positive | None = Field(
+        default=None, description="operators kept of one interface, of most equal weights; none: all; Syno: 2"
+    )
     needs_matmul: bool = Field(
         default=True, description="a weight has a dim of its own and a shared one; false admits depthwise convolution"
     )
