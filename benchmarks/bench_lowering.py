@@ -354,7 +354,8 @@ def contend(contest: Contest, arguments: argparse.Namespace, limit: tuple[float,
         times = in_turns(calls, arguments.rounds, arguments.seconds)
         row: dict = {"limit_ms": 1e3 * bound_s * (3 if what == "both" else 1)}
         for name, samples in times.items():
-            low, middle, high = quantiles(samples, n=4)
+            # A side that is very slow has one round.
+            low, middle, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
             row[f"{name}_ms"] = [1e3 * middle, 1e3 * low, 1e3 * high]
         row["part_of_limit"] = row["limit_ms"] / row["optimised_ms"][0]
         for name in times:

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import product
+from threading import Event, Thread
 
 import pytest
 from hypothesis import given
@@ -272,3 +274,32 @@ def test_an_operator_travels_between_processes_whatever_was_asked_of_it():
     assert copy == operator
     assert str(copy) == str(operator)
     assert copy.output[0].iterators == operator.output[0].iterators
+
+
+def test_an_operator_may_be_sent_while_its_space_is_searched():
+    # A pool pickles in a thread of its own, while the search makes more sizes and asks dims for their properties.
+    symbols = Symbols.of(["N", "C", "D", "H"], ["k", "g"], [{"N": 2, "C": 8, "D": 8, "H": 12, "k": 3, "g": 2}])
+    build = Assembler(symbols)
+    n, d, h = build.output("N", "D", "H")
+    c, a = build.contract(inner=build.reduce("C", "k"), outer=[d])
+    operator = build.finish(n, c, build.unfold(h, a))
+    ended, sent = Event(), 0
+
+    def search() -> None:
+        for powers in product(range(-9, 10), repeat=4):
+            symbols.from_exponents((0, 0, *powers))
+            if ended.is_set():
+                return
+
+    before = len(pickle.dumps(operator))
+    searcher = Thread(target=search)
+    searcher.start()
+    try:
+        while searcher.is_alive() and sent < 300:
+            assert pickle.loads(pickle.dumps(operator)) == operator
+            sent += 1
+    finally:
+        ended.set()
+        searcher.join()
+    assert sent == 300
+    assert len(pickle.dumps(operator)) == before

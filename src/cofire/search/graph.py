@@ -7,7 +7,7 @@ multilinear: no activation is inside. Immutable, compared by a digest that is eq
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
 
@@ -51,6 +51,10 @@ class Operator:
             strangers = sorted(str(i) for i in dim.iterators - known)
             if strangers:
                 raise SearchError(f"{dim} depends on {strangers[0]}, which is no iterator of the operator; declare it")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what follows from the rest, which another thread may be adding."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Operator) and self.digest == other.digest and self.symbols == other.symbols

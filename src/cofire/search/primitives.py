@@ -51,7 +51,8 @@ class Dim:
         """Leave out what follows from the rest: a set that holds the dim cannot be built before its digest is there."""
         kinds = type(self).__mro__
         found = {name for kind in kinds for name, value in vars(kind).items() if isinstance(value, cached_property)}
-        return {name: value for name, value in vars(self).items() if name not in found}
+        # Copied at once, for another thread may ask for a property meanwhile.
+        return {name: value for name, value in vars(self).copy().items() if name not in found}
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Dim) and self.digest == other.digest)

@@ -103,6 +103,10 @@ class Symbols:
             rows.append(tuple(mapping[name] for name in names))
         return cls(big, small, tuple(rows))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Leave out the sizes made so far: a search makes more while a result of it is on its way to a process."""
+        return Symbols, (self.primary, self.coefficient, self.mappings)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All names, primary ones first."""
@@ -187,6 +191,10 @@ class Size:
         whole = self.smallest >= 1 and all(isinstance(value, int) for value in self.values)
         self.is_legal = self.kind in (SizeKind.COEFFICIENT, SizeKind.GENERAL) and whole
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be made by the symbols again, so that equal sizes are one object there too."""
+        return _interned, (self.symbols, self.packed)
+
     def __mul__(self, other: Size) -> Size:
         return self.symbols._intern(self.packed + other.packed - self.symbols._zero)
 
@@ -236,6 +244,10 @@ class Size:
         if number.denominator != 1:
             raise SearchError(f"size {self} is {number} under mapping {mapping}; sizes must divide exactly")
         return number.numerator
+
+
+def _interned(symbols: Symbols, packed: int) -> Size:
+    return symbols._intern(packed)
 
 
 def _value(numbers: tuple[int, ...], exponents: tuple[int, ...]) -> int | Fraction:

@@ -11,7 +11,7 @@ are one tensor. It is equal in every process.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from hashlib import blake2b
 
@@ -69,6 +69,10 @@ class Graph:
                     raise node.primitive.refuse(f"{size} can never be whole; inputs are {', '.join(map(str, inputs))}")
             shapes.append(shape)
         object.__setattr__(self, "shapes", tuple(shapes))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what follows from the rest, which another thread may be adding."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def start(cls) -> Graph:
@@ -232,6 +236,10 @@ class Kernel:
             raise SearchError(f"x{self.graph.dynamic[0]} of a kernel is open; solve the graph first")
         if self.groups < 1:
             raise SearchError(f"groups = {self.groups} of a kernel must be at least 1")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what follows from the rest, which another thread may be adding."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def digest(self) -> int:
