@@ -75,6 +75,7 @@ def interfaces(space: Space, depth: int, count: int) -> list[Interface]:
 
 def distances(space: Space, depth: int, count: int) -> dict[str, float]:
     states, synthesis = interfaces(space, depth, count), Synthesis(space, depth)
+    synthesis.distance(states.pop())  # so that the bound is there
     rates = {}
     for name in ("cold", "warm"):
         start = time.process_time()

@@ -37,7 +37,7 @@ class AbstractRandomSearch(AbstractSearcher[State, Result, None]):
 
 
 class RandomSearch(AbstractRandomSearch[Interface, Operator], Searcher[None]):
-    """Walks from a random choice of reductions, guided by the shape distance and by no reward."""
+    """Walks from a random choice of reductions, guided by the bound on what is left and by no reward."""
 
 
 @dataclass

@@ -100,15 +100,15 @@ class CompletionBound:
     Attributes:
         space: The space.
         depth: Most steps of an operator.
+        desired: Sizes of the input's dims that are to be provided.
     """
 
     def __init__(self, space: Space, depth: int) -> None:
         self.space, self.depth = space, depth
-        self._desired = space.desired
+        self.desired = space.desired
         symbols = space.allowance.symbols
         self._primaries = len(symbols.primary)
-        self._wanted = product(symbols, space.desired)
-        self._tensors = space.max_tensors
+        self._wanted = product(symbols, self.desired)
         self._parts: dict[tuple[Dim, bool, bool, bool, bool], _Part] = {}
         self._windows: dict[Size, tuple[bool, bool, int]] = {}
         # The bound, and up to which number of steps it was looked for.
@@ -196,7 +196,13 @@ class CompletionBound:
         is_allowed = left
         for need, have in zip(dim.size.exponents[: self._primaries], state.allowance.left, strict=False):
             is_allowed = is_allowed and need <= have
-        key = (dim, left, state.is_latest(dim), is_allowed, is_allowed and len(state.weights) + 1 < self._tensors)
+        key = (
+            dim,
+            left,
+            state.is_latest(dim),
+            is_allowed,
+            is_allowed and len(state.weights) + 1 < self.space.max_tensors,
+        )
         part = self._parts.get(key)
         if part is None:
             if len(self._parts) >= _CACHED:
@@ -291,7 +297,7 @@ class _Partition:
     def __init__(self, bound: CompletionBound, parts: tuple[_Part, ...], budget: _Budget, most: int) -> None:
         self.bound, self.parts, self.budget = bound, parts, budget
         self.space = bound.space
-        self.desired = bound.space.desired
+        self.desired = bound.desired
         self.choices = range(int(budget.needs_weight), budget.contractions + 1)
         self.reach = self.space.max_reshape_over_shift
         self.is_cut = any(part.cut for part in parts)

@@ -19,9 +19,8 @@ import re
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -215,28 +214,16 @@ class AbstractRun(ABC, Generic[SoughtSpec, Result]):
 
     def _search(self, executor: Executor | None, progress: Progress[SoughtSpec, Result] | None) -> None:
         """Evaluate results, as many at a time as there are workers, and learn from them in the order of proposals."""
-        searcher, discovery, sampling = self.searcher, self.discovery, self.spec.sampling
-        pending: deque[Future[float]] = deque()
-        if executor is not None:
-            pending.extend(executor.submit(searcher.reward, result) for result in searcher.in_flight)
-        while discovery.evaluated < sampling.budget:
-            while len(searcher.in_flight) < min(sampling.workers, sampling.budget - discovery.evaluated):
-                result = searcher.propose()
-                if result is None:
-                    break
-                if executor is not None:
-                    pending.append(executor.submit(searcher.reward, result))
-            if not searcher.in_flight:
-                discovery.spent = True
-                break
-            oldest = searcher.in_flight[0]
-            found = searcher.learn(pending.popleft().result() if executor is not None else searcher.reward(oldest))
-            discovery.take(found, "" if found is not None else self._refusal(oldest))
+        discovery, sampling = self.discovery, self.spec.sampling
+        left = sampling.budget - discovery.evaluated
+        for result, found in self.searcher.evaluate(left, executor, sampling.workers):
+            discovery.take(found, "" if found is not None else self._refusal(result))
             self._state = self._snapshot()
             if discovery.evaluated % sampling.save_every == 0:
                 self._save()
             if progress is not None:
                 progress(discovery)
+        discovery.spent = discovery.evaluated < sampling.budget
 
     def _snapshot(self) -> dict[str, Any]:
         """Return a state that can be resumed: between two evaluations, never within one."""

@@ -17,6 +17,7 @@ The result depends on the space alone and comes in the order of digests.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from functools import cached_property
 from itertools import combinations_with_replacement
 from itertools import product as cartesian
 
@@ -28,11 +29,9 @@ from cofire.search.graph import Operator
 from cofire.search.interface import Contraction, Interface, Step, may_be_outer
 from cofire.search.primitives import Dim, MergeMajor, MergeMinor, Reduction, Share, Shift, Split, Stride, Unfold
 from cofire.search.selection import Selector
-from cofire.search.sizes import Size, product
+from cofire.search.sizes import Allowance, Size, product
 from cofire.search.space import Guidance, Space
 from cofire.search.unordered import keeps_unordered_rules
-
-_ROLES = (None, "inner", "outer")
 
 
 class Synthesis:
@@ -49,10 +48,13 @@ class Synthesis:
         self.depth = depth
         self.guidance: Guidance = guidance
         self._distances: dict[tuple[tuple[Current, ...], Budget], int] = {}
-        self._completion = CompletionBound(space, depth)
         self._blocks: dict[Size, tuple[Size, ...]] = {}
         self._domains = tuple(sorted(self._allowed_sizes()))
         self._strided = tuple(size for size in self._domains if space.is_strided(size))
+
+    @cached_property
+    def _completion(self) -> CompletionBound:
+        return CompletionBound(self.space, self.depth)
 
     def roots(self) -> list[Interface]:
         """Return the interfaces after the choice of reductions, from none to the most, that can still end."""
@@ -237,30 +239,27 @@ class Synthesis:
                     yield state.step("stride", (dim,), (made,), allowance)
 
     def _contractions(self, state: Interface, dims: list[Dim]) -> Generator[Interface, None, None]:
-        weight = len(state.weights)
-        if weight + 1 >= self.space.max_tensors:
+        if len(state.weights) + 1 < self.space.max_tensors:
+            yield from self._contract(state, [dim for dim in dims if not dim.discards], (), (), state.allowance)
+
+    def _contract(
+        self, state: Interface, free: list[Dim], inner: tuple[Dim, ...], outer: tuple[Dim, ...], left: Allowance
+    ) -> Generator[Interface, None, None]:
+        """Give each free dim a part, or none; what begins with more than the allowance is not followed further."""
+        if free:
+            dim, rest = free[0], free[1:]
+            yield from self._contract(state, rest, inner, outer, left)
+            charged = left.charge(dim.size.primary_part)
+            if charged is not None:
+                yield from self._contract(state, rest, (*inner, dim), outer, charged)
+                if may_be_outer(dim, self.space.low_rank):
+                    yield from self._contract(state, rest, inner, (*outer, dim), charged)
             return
-        free = [dim for dim in dims if not dim.discards]
-        low_rank = self.space.low_rank
-        for choice in cartesian(*(_ROLES if may_be_outer(dim, low_rank) else _ROLES[:2] for dim in free)):
-            inner = tuple(dim for dim, role in zip(free, choice, strict=True) if role == "inner")
-            outer = tuple(dim for dim, role in zip(free, choice, strict=True) if role == "outer")
-            if not inner and not outer:
-                continue
-            allowance = state.allowance
-            for dim in (*inner, *outer):
-                allowance = allowance.charge(dim.size.primary_part) if allowance is not None else None
-            candidate = Contraction(weight, inner, outer)
-            if allowance is None or not self._admits(candidate, state):
-                continue
-            yield state.step(
-                "contract",
-                (*inner, *outer),
-                tuple(Share(dim, weight) for dim in inner),
-                allowance,
-                weight=candidate.dims,
-                expanded=tuple(Share(dim, weight) for dim in outer),
-            )
+        weight = len(state.weights)
+        candidate = Contraction(weight, inner, outer)
+        if candidate.dims and self._admits(candidate, state):
+            shared, expanded = (tuple(Share(dim, weight) for dim in part) for part in (inner, outer))
+            yield state.step("contract", candidate.dims, shared, left, weight=candidate.dims, expanded=expanded)
 
     def finish(self, state: Interface) -> list[Operator]:
         """Return the operators that an interface is: one for each way to give its dims to the input's positions.

@@ -1,9 +1,9 @@
 """From a spec of a search to its space, and what is wrong with it before anything is searched.
 
-A space that holds no operator is recognised in two ways. The shape distance is a lower bound: where it is above the
-depth for every choice of reductions, nothing can end. Beyond that, small spaces are walked through until an operator
-turns up or none is left; of large ones a part is looked at, and they are given the benefit of the doubt. Where nothing
-can end, limits are relaxed one by one, and the first change that helps is named.
+A space that holds no operator is recognised in two ways. The bound of ``completion`` never exceeds what is needed:
+where it is above the depth for every choice of reductions, nothing can end. Beyond that, small spaces are walked
+through until an operator turns up or none is left; of large ones a part is looked at, and they are given the benefit of
+the doubt. Where nothing can end, limits are relaxed one by one, and the first change that helps is named.
 """
 
 from __future__ import annotations

@@ -22,10 +22,9 @@ from cofire.search import searcher
 from cofire.search.distance import INFINITE
 from cofire.search.enumeration import Synthesis
 from cofire.search.graph import Operator
-from cofire.search.interface import Contraction, Interface, Step, may_be_outer
+from cofire.search.interface import Interface, Step, may_be_outer
 from cofire.search.primitives import Dim, MergeMajor, Reduction, Share, Shift, Split
 from cofire.search.searcher import FINISH, AbstractSearcher, Trace, Walk
-from cofire.search.sizes import Allowance
 from cofire.search.space import Guidance, Space
 
 KINDS: tuple[Step, ...] = ("contract", "expand", "merge", "shift", "split", "stride", "unfold")
@@ -43,6 +42,14 @@ _MOST_TRIALS = 6  # of one start: below a tree most starts lead nowhere
 _BACKTRACKS = 4  # of one completion; a new start is worth more than going further back
 
 
+_Put = tuple[int, ...]
+
+
+def _put(before: Interface, after: Interface) -> _Put:
+    """Return what tells a step from others on whatever interface: the dims that it puts on."""
+    return tuple(dim.digest for dim in after.dims if dim not in before.dims)
+
+
 def step_key(before: Interface, after: Interface) -> str:
     """Return a name of the step between two interfaces, equal wherever the same primitive is applied to the same dims.
 
@@ -50,19 +57,11 @@ def step_key(before: Interface, after: Interface) -> str:
         before: The interface it was applied to.
         after: What it led to.
     """
-    put = [dim.digest for dim in after.dims if dim not in before.dims]
     weight = after.weights[-1] if len(after.weights) > len(before.weights) else ()
     expanded = [dim.digest for dim in after.expansions if dim not in before.expansions]
-    text = "|".join(",".join(f"{d:x}" for d in part) for part in (put, [dim.digest for dim in weight], expanded))
+    parts = (_put(before, after), [dim.digest for dim in weight], expanded)
+    text = "|".join(",".join(f"{d:x}" for d in part) for part in parts)
     return blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-_Put = tuple[int, ...]
-
-
-def _put(before: Interface, after: Interface) -> _Put:
-    """Return what tells a step from others on whatever interface: the dims that it puts on."""
-    return tuple(dim.digest for dim in after.dims if dim not in before.dims)
 
 
 class Moves(Synthesis):
@@ -106,31 +105,6 @@ class Moves(Synthesis):
             allowance, reductions = state.allowance.charge(size), (*state.reductions, made)
             if allowance is not None and self._fits_reductions(dim.size for dim in reductions):
                 yield replace(state.step("reduce", (), (made,), allowance), reductions=reductions)
-
-    def _contractions(self, state: Interface, dims: list[Dim]) -> Generator[Interface, None, None]:
-        """Yield what the base class does, without looking into choices that begin with more than the allowance."""
-        if len(state.weights) + 1 >= self.space.max_tensors:
-            return
-        free = [dim for dim in dims if not dim.discards]
-        yield from self._contract(state, free, (), (), state.allowance)
-
-    def _contract(
-        self, state: Interface, free: list[Dim], inner: tuple[Dim, ...], outer: tuple[Dim, ...], left: Allowance
-    ) -> Generator[Interface, None, None]:
-        if free:
-            dim, rest = free[0], free[1:]
-            yield from self._contract(state, rest, inner, outer, left)
-            charged = left.charge(dim.size.primary_part)
-            if charged is not None:
-                yield from self._contract(state, rest, (*inner, dim), outer, charged)
-                if may_be_outer(dim, self.space.low_rank):
-                    yield from self._contract(state, rest, inner, (*outer, dim), charged)
-            return
-        weight = len(state.weights)
-        candidate = Contraction(weight, inner, outer)
-        if candidate.dims and self._admits(candidate, state):
-            shared, expanded = (tuple(Share(dim, weight) for dim in part) for part in (inner, outer))
-            yield state.step("contract", candidate.dims, shared, left, weight=candidate.dims, expanded=expanded)
 
     def kinds(self, state: Interface) -> list[str]:
         """Return the kinds of move that may exist; ``reduce`` last and ``finish`` first."""

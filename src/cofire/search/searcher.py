@@ -211,7 +211,24 @@ class AbstractSearcher(ABC, Generic[State, Result, Trace]):
     def run(
         self, budget: int, executor: Executor | None = None, in_flight: int = 1
     ) -> Generator[Found[Result], None, None]:
-        """Yield evaluated results until ``budget`` evaluations were made or the searcher finds no other.
+        """Yield evaluated results that did not fail, until ``budget`` evaluations were made or there is no other.
+
+        Args:
+            budget: Evaluations; failed ones count.
+            executor: Where rewards are computed; none: here, one after another.
+            in_flight: Results evaluated at the same time.
+
+        Raises:
+            SearchError: ``in_flight`` is below 1, or above 1 without an executor.
+        """
+        for _, found in self.evaluate(budget, executor, in_flight):
+            if found is not None:
+                yield found
+
+    def evaluate(
+        self, budget: int, executor: Executor | None = None, in_flight: int = 1
+    ) -> Generator[tuple[Result, Found[Result] | None], None, None]:
+        """Yield each result and what was found, none where it failed, as :meth:`run` does.
 
         Results are learnt in the order of proposals, so that the outcome depends on ``in_flight`` but not on timing.
 
@@ -238,10 +255,8 @@ class AbstractSearcher(ABC, Generic[State, Result, Trace]):
                     futures.append(executor.submit(self.reward, operator))
             if not self._flying:
                 return
-            reward = futures.popleft().result() if executor is not None else self.reward(self._flying[0][0])
-            found = self.learn(reward)
-            if found is not None:
-                yield found
+            oldest = self._flying[0][0]
+            yield oldest, self.learn(futures.popleft().result() if executor is not None else self.reward(oldest))
 
     def state(self) -> dict[str, Any]:
         """Return what ``restore`` needs, ready for JSON."""
